@@ -1,0 +1,229 @@
+"""From a picture file to patch features.
+
+This file explains how a picture is opened (`load_image`), turned into the numbers that CLIP was trained on
+(`preprocess`), and read by a vision transformer (`ViT`). Sources: CLIP (arXiv:2103.00020), openai/CLIP
+clip/model.py, and the module names of Hugging Face's CLIPVisionModel, so that its weights load without a table.
+Not here: the projection into the language model, and the reading of weights (model.py).
+
+Shapes: N images, S pixels a side, P tokens of an image (patches and the class token), Dv width, H heads, d head width.
+"""
+import json
+import warnings
+from dataclasses import dataclass, fields
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The message names the thing and the remedy; the programs print it and exit with 2."""
+
+
+def read_json(path):
+    """The content of a JSON file; InputError with the position where it is broken, or with the name if it is missing."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+# ---- pictures ------------------------------------------------------------------------------------------------------
+
+CLIP_PREPROCESSING = {  # preprocessor_config.json of openai/clip-vit-large-patch14, size and crop_size apart
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+
+
+def load_image(path):
+    """Open a picture as PIL RGB. path: a file, or (file, offset, length) for base64 text inside a JSON file.
+
+    The picture is turned as its EXIF orientation says (CLIP's own code does not: a photograph of a phone would lie on
+    its side), transparency is laid on white, 16-bit pixels are scaled, of an animation the first frame is taken.
+    InputError with path and reason if it cannot be read."""
+    try:
+        if isinstance(path, tuple):
+            import base64
+            file, offset, length = path
+            with open(file, "rb") as source:
+                source.seek(offset)
+                path = BytesIO(base64.b64decode(source.read(length), validate=True))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I"):  # 16 bits a pixel
+                    image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+                if image.has_transparency_data:
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        name = f"{file}, bytes {offset} to {offset + length}" if isinstance(path, BytesIO) else path
+        raise InputError(f"picture {name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_preprocessing(folder, image_size):
+    """preprocessor_config.json of a folder as a dict, or CLIP's own for pictures of image_size where there is none."""
+    file = Path(folder) / "preprocessor_config.json"
+    config = read_json(file) if file.exists() else CLIP_PREPROCESSING
+    return {"size": image_size, "crop_size": image_size, **config}
+
+
+def preprocess(image, config):
+    """PIL RGB -> (3, S, S) float32, exactly as CLIP does: shorter side to `size`, centre crop, mean and deviation.
+
+    config: the content of preprocessor_config.json, in the old spelling ("size": 224) or the new one
+    ("size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}). A size with height and width squashes."""
+    size, crop = config["size"], config.get("crop_size", config["size"])
+    size = {"shortest_edge": size} if isinstance(size, int) else size
+    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+    if "shortest_edge" in size:  # the longer side is cut to an integer, not rounded
+        short, (width, height) = size["shortest_edge"], image.size
+        width, height = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+    else:
+        width, height = size["width"], size["height"]
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    if "height" in crop:
+        left, top = (width - crop["width"]) // 2, (height - crop["height"]) // 2
+        image = image.crop((left, top, left + crop["width"], top + crop["height"]))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255                    # (3, S, S)
+    mean, std = torch.tensor(config["image_mean"]), torch.tensor(config["image_std"])            # (3), (3)
+    return ((pixels - mean[:, None, None]) / std[:, None, None]).contiguous()                    # (3, S, S)
+
+
+# ---- the CLIP vision transformer -----------------------------------------------------------------------------------
+
+@dataclass
+class ViTConfig:
+    """Sizes of a CLIP vision tower, under the names of its config.json. feature_layer and class_token say what of it
+    the language model sees: -1 is the output of the last layer (the post), -2 that of the layer before (LLaVA)."""
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    feature_layer: int = -1
+    class_token: bool = True
+
+    @property
+    def image_tokens(self):
+        """P: how many positions an image takes"""
+        return (self.image_size // self.patch_size) ** 2 + self.class_token
+
+    @classmethod
+    def read(cls, folder):
+        """From the config.json of a CLIPVisionModel or, under vision_config, of a whole CLIPModel."""
+        file = Path(folder) / "config.json"
+        config = read_json(file)
+        config = config.get("vision_config") or config
+        config = {"image_size": 224, "patch_size": 32, **config}  # the defaults that transformers leaves out
+        known = {f.name for f in fields(cls)} - {"feature_layer", "class_token"}
+        missing = [f.name for f in fields(cls)[:6] if f.name not in config]
+        if missing:
+            raise InputError(f"{file} is not that of a CLIP vision model: {', '.join(missing)} missing")
+        config = cls(**{k: v for k, v in config.items() if k in known})
+        if config.hidden_act not in ACTIVATIONS:
+            raise InputError(f"{file}: hidden_act {config.hidden_act!r} is not supported, only {', '.join(ACTIVATIONS)}")
+        return config
+
+
+ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
+
+
+class ViTAttention(nn.Module):
+    """Every patch attends to every patch of its image: softmax(QK' / sqrt(d)) V."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, self.heads = config.hidden_size, config.num_attention_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(D, D) for _ in range(4))
+
+    def forward(self, x):
+        """x (N, P, Dv) -> (N, P, Dv)"""
+        q, k, v = (proj(x).unflatten(2, (self.heads, -1)).transpose(1, 2)                        # (N, H, P, d)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        out = F.scaled_dot_product_attention(q, k, v)                                            # (N, H, P, d)
+        return self.out_proj(out.transpose(1, 2).flatten(2))                                     # (N, P, Dv)
+
+
+class ViTMLP(nn.Module):
+    """fc2(act(fc1(x))): each patch on its own."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.act = ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        """x (N, P, Dv) -> (N, P, Dv)"""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class ViTLayer(nn.Module):
+    """One block, layer norm first: x += attention(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn, self.mlp = ViTAttention(config), ViTMLP(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, x):
+        """x (N, P, Dv) -> (N, P, Dv)"""
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class ViTEmbeddings(nn.Module):
+    """Cut the picture into patches, make a vector of each, put the class token before them, add the positions."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
+        self.class_embedding = nn.Parameter(torch.randn(D) * 0.02)
+        self.patch_embedding = nn.Conv2d(3, D, config.patch_size, config.patch_size, bias=False)
+        self.position_embedding = nn.Embedding(patches + 1, D)
+        nn.init.normal_(self.position_embedding.weight, std=0.02)
+
+    def forward(self, pixels):
+        """pixels (N, 3, S, S) -> (N, P, Dv), class token first"""
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)                        # (N, P - 1, Dv)
+        first = self.class_embedding.expand(len(patches), 1, -1)                                 # (N, 1, Dv)
+        places = torch.arange(patches.shape[1] + 1, device=pixels.device)                        # (P)
+        return torch.cat([first, patches], 1) + self.position_embedding(places)                  # (N, P, Dv)
+
+
+class ViT(nn.Module):
+    """CLIP's vision transformer, whose features are the hidden states of one layer, without CLIP's final norm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embeddings = ViTEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)  # the published spelling
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(ViTLayer(config) for _ in range(config.num_hidden_layers))})
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)  # CLIP's; kept, no feature uses it
+
+    def forward(self, pixels):
+        """pixels (N, 3, S, S) -> features (N, P, Dv)"""
+        size = self.config.image_size
+        if pixels.shape[1:] != (3, size, size):
+            raise InputError(f"the vision model takes pictures (3, {size}, {size}), not {tuple(pixels.shape[1:])}: "
+                             "does preprocessor_config.json belong to it?")
+        x = self.pre_layrnorm(self.embeddings(pixels))                                           # (N, P, Dv)
+        layers = self.encoder["layers"]
+        for layer in layers[:len(layers) + 1 + self.config.feature_layer]:
+            x = layer(x)                                                                         # (N, P, Dv)
+        return x if self.config.class_token else x[:, 1:]
