@@ -1,0 +1,548 @@
+"""LLaMA-2, the projection, images put among the words, and weights in and out.
+
+This file explains the language model (LLaMA-2, arXiv:2307.09288; numerics as in Hugging Face's LlamaForCausalLM, whose
+module names it keeps), the linear projection and CrA's added layers, how `VisualChat` writes the features of the pictures into
+the sequence, and how weights stream from published files into the model and back. Not here: which token attends to
+which (mmca.py), the vision tower (vision.py), text and batches (data.py).
+
+Shapes: B batch, T tokens, N images in the batch, P tokens of an image, S pixels a side, D width, Dv vision width, F MLP
+width, H heads, K key/value heads, d head width, L layers, V vocabulary.
+"""
+import json
+import os
+import shutil
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mmca import IMAGE, TEXT, attend, image_term, pattern
+from vision import InputError, ViT, ViTConfig, read_json, read_preprocessing
+
+
+def choose_device(device=None, dtype=None):
+    """The one place where device and number format are chosen. device: "cpu", "cuda:1", ... or None for the best there is;
+    dtype: "float32", "bfloat16", "float16" or None: bfloat16 on GPUs that have it, float32 on a CPU. Prints the choice."""
+    try:
+        device = torch.device(device or (torch.accelerator.current_accelerator() or "cpu"))
+        torch.empty(1, device=device)
+    except RuntimeError as error:
+        raise InputError(f"device {device}: {str(error).splitlines()[0]}") from error
+    if dtype is None and device.type == "cpu":
+        dtype, reason = "float32", "the exact format of a CPU"
+    elif dtype is None:
+        has = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype, reason = ("bfloat16", "this device has it") if has else ("float16", "this GPU has no bfloat16")
+    else:
+        reason = "as asked"
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"device {device}, number format {dtype} ({reason})")
+    return device, getattr(torch, dtype)
+
+
+# ---- LLaMA-2 -------------------------------------------------------------------------------------------------------
+
+@dataclass
+class LlamaConfig:
+    """Sizes of a LLaMA-2 decoder, under the names of its config.json."""
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def read(cls, folder):
+        """From config.json as transformers 4 and 5 write it. What this file does not compute is refused by name."""
+        file = Path(folder) / "config.json"
+        config = read_json(file)
+        rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        if config.get("model_type", "llama") != "llama":
+            raise InputError(f"{file}: model_type {config['model_type']!r} is not supported, only 'llama'")
+        plain = {"attention_bias": (None, False), "mlp_bias": (None, False), "hidden_act": (None, "silu"),
+                 "sliding_window": (None,), "partial_rotary_factor": (None, 1, 1.0)}
+        strange = [f"{name} = {config[name]!r}" for name, known in plain.items() if config.get(name) not in known]
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            strange.append(f"rope scaling {rope.get('rope_type', rope.get('type'))!r}")
+        if strange:
+            raise InputError(f"{file}: not supported by this LLaMA-2: {', '.join(strange)}")
+        try:
+            heads = config["num_attention_heads"]
+            return cls(config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"], heads,
+                       config.get("num_key_value_heads") or heads, config.get("head_dim") or config["hidden_size"] // heads,
+                       config["vocab_size"], config.get("max_position_embeddings", 2048), config.get("rms_norm_eps", 1e-6),
+                       rope.get("rope_theta", config.get("rope_theta", 10000.0)), config.get("tie_word_embeddings", False))
+        except KeyError as error:
+            raise InputError(f"{file} is not that of a LLaMA: {error.args[0]} missing") from error
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 (arXiv:1910.07467)."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        """x (..., D) -> (..., D)"""
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def rotary(positions, config, dtype):
+    """cos and sin of position x frequency (arXiv:2104.09864). positions (B, T) -> two of (B, 1, T, d)"""
+    exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    angles = positions[:, None, :, None].float() / config.rope_theta ** exponent                 # (B, 1, T, d / 2)
+    angles = torch.cat([angles, angles], -1)                                                     # (B, 1, T, d)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Turn the pair (x[i], x[i + d/2]) by its angle: Hugging Face's order; Meta's files pair 2i with 2i + 1.
+    x (B, H, T, d) -> (B, H, T, d)"""
+    left, right = x.chunk(2, -1)                                                                 # (B, H, T, d / 2)
+    return x * cos + torch.cat([-right, left], -1) * sin
+
+
+class LlamaAttention(nn.Module):
+    """Queries, keys and values of every token, keys and queries rotated to their position; then `mmca.attend`."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, d, H, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        self.d = d
+        self.q_proj, self.k_proj = nn.Linear(D, H * d, bias=False), nn.Linear(D, K * d, bias=False)
+        self.v_proj, self.o_proj = nn.Linear(D, K * d, bias=False), nn.Linear(H * d, D, bias=False)
+
+    def forward(self, x, cos, sin, pattern, cache=None):
+        """x (B, T, D), cos and sin (B, 1, T, d) -> (B, T, D)"""
+        q, k, v = (proj(x).unflatten(2, (-1, self.d)).transpose(1, 2)                            # (B, H or K, T, d)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, pattern, cache)                # (B, H, T, d)
+        return self.o_proj(out.transpose(1, 2).flatten(2))                                       # (B, T, D)
+
+
+class LlamaMLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv:2002.05202)."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, F_ = config.hidden_size, config.intermediate_size
+        self.gate_proj, self.up_proj = nn.Linear(D, F_, bias=False), nn.Linear(D, F_, bias=False)
+        self.down_proj = nn.Linear(F_, D, bias=False)
+
+    def forward(self, x):
+        """x (B, T, D) -> (B, T, D)"""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaLayer(nn.Module):
+    """One block: x += attention(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn, self.mlp = LlamaAttention(config), LlamaMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, cos, sin, pattern, cache=None):
+        """x (B, T, D), cos and sin (B, 1, T, d) -> (B, T, D)"""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, pattern, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class CrossAttention(nn.Module):
+    """What CrA adds before each decoder layer (`kind="cross"`; Flamingo, arXiv:2204.14198): text rows get
+    x += tanh(gate) * o_proj(softmax(QK' . M2) V), with weights of its own; keys and values come from the projected features,
+    unrotated. The gate starts at zero, so that an untrained layer changes nothing."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, d, H, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        self.d, self.norm = d, RMSNorm(D, config.rms_norm_eps)
+        self.q_proj, self.k_proj = nn.Linear(D, H * d, bias=False), nn.Linear(D, K * d, bias=False)
+        self.v_proj, self.o_proj = nn.Linear(D, K * d, bias=False), nn.Linear(H * d, D, bias=False)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, features, pattern, cache=None):
+        """x (B, n, D) the text rows, features (B, m, D) the new image rows, newest first -> (B, n, D)"""
+        q, k, v = (proj(rows).unflatten(2, (-1, self.d)).transpose(1, 2)                         # (B, H or K, n or m, d)
+                   for proj, rows in ((self.q_proj, self.norm(x)), (self.k_proj, features), (self.v_proj, features)))
+        if cache is not None:
+            k, v = cache.add_images(k, v)
+        out = image_term(q, k, v, pattern)                                                       # (B, H, n, d)
+        return x + torch.tanh(self.gate) * self.o_proj(out.transpose(1, 2).flatten(2))           # (B, n, D)
+
+
+class LlamaModel(nn.Module):
+    """Word embeddings, L layers, a last norm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        nn.init.normal_(self.embed_tokens.weight, std=0.02)
+        self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, positions, pattern, cache=None, cross_attention=None):
+        """x (B, T, D) embeddings, positions (B, T) -> hidden states (B, T, D). With a cache the T tokens continue it.
+        cross_attention: CrA's L added layers; then only text rows pass the decoder and image rows come out as they were."""
+        rows, whole = pattern, x
+        if cross_attention is not None:
+            rows, x, positions = pattern.text_only(), pattern.queries.take(x), pattern.queries.take(positions)
+            features = pattern.new_images.take(whole)                                            # (B, m, D)
+        cos, sin = rotary(positions, self.config, x.dtype)                                       # (B, 1, T, d)
+        for i, layer in enumerate(self.layers):
+            store = None if cache is None else cache.layer(i)
+            if cross_attention is not None:
+                x = cross_attention[i](x, features, pattern, store)
+            x = layer(x, cos, sin, rows, store)
+        x = self.norm(x)
+        return x if cross_attention is None else pattern.queries.put(whole, x)
+
+
+class Llama(nn.Module):
+    """LLaMA-2 with its head: Hugging Face's LlamaForCausalLM."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, input_ids):
+        """input_ids (B, T), text alone -> logits (B, T, V)"""
+        modality = torch.full_like(input_ids, TEXT)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        x = self.model(self.model.embed_tokens(input_ids), positions, pattern(modality, modality, "causal"))
+        return self.lm_head(x)                                                                   # (B, T, V)
+
+
+class KVCache:
+    """Keys and values of one conversation, in one buffer a layer: text fills it from the front, pictures from the end.
+
+    So both are whole slices, and `attend` is two plain attentions over them. length: the most tokens it will hold;
+    2 L K length d numbers in all."""
+
+    def __init__(self, config, length, device, dtype):
+        shape = config.num_hidden_layers, 1, config.num_key_value_heads, length, config.head_dim
+        self.keys, self.values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))  # (L, 1, K, length, d)
+        self.modality = torch.zeros(1, length, dtype=torch.long, device=device)                  # (1, length)
+        self.texts = self.images = 0
+
+    @property
+    def length(self):
+        """How many tokens it holds"""
+        return self.texts + self.images
+
+    def append(self, modality):
+        """Note the modality (1, T) of T new tokens -> that of all (1, Tk); their keys and values follow from the layers."""
+        stop = self.length + modality.shape[1]
+        if stop > self.modality.shape[1]:
+            raise InputError(f"the conversation needs {stop} tokens, and there is room for {self.modality.shape[1]}")
+        self.modality[:, self.length:stop] = modality
+        return self.modality[:, :stop]
+
+    def advance(self, modality):
+        """After the last layer: the new tokens count as held."""
+        images = int((modality == IMAGE).sum())
+        self.texts, self.images = self.texts + modality.shape[1] - images, self.images + images
+
+    def layer(self, i):
+        """The part of layer i, as `attend` and `CrossAttention` use it"""
+        return _CacheLayer(self, self.keys[i], self.values[i])
+
+
+@dataclass
+class _CacheLayer:
+    cache: KVCache
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def add_text(self, keys, values):
+        """New text (1, K, n, d) behind the old -> all of it (1, K, texts, d)"""
+        start, stop = self.cache.texts, self.cache.texts + keys.shape[2]
+        self.keys[:, :, start:stop], self.values[:, :, start:stop] = keys, values
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def add_images(self, keys, values):
+        """New image tokens (1, K, n, d), newest first, before the old -> all of them (1, K, images, d)"""
+        stop = self.keys.shape[2] - self.cache.images
+        start = stop - keys.shape[2]
+        self.keys[:, :, start:stop], self.values[:, :, start:stop] = keys, values
+        return self.keys[:, :, start:], self.values[:, :, start:]
+
+
+# ---- pictures among the words --------------------------------------------------------------------------------------
+
+def make_projection(kind, vision, language):
+    """Features (N, P, Dv) -> word-sized vectors (N, P, D). "linear": Linear, then LayerNorm (the original's `baseline`)."""
+    if kind != "linear":
+        raise InputError(f"projection {kind!r} is not known, only linear")
+    D = language.hidden_size
+    return nn.Sequential(nn.Linear(vision.hidden_size, D), nn.LayerNorm(D, eps=1e-12))
+
+
+class VisualChat(nn.Module):
+    """Vision tower, projection and language model: pictures and words in one sequence (figure 1 of the post)."""
+
+    def __init__(self, vision_model, language_model, attention="mmca", projection="linear"):
+        super().__init__()
+        self.vision_model, self.language_model = vision_model, language_model
+        self.attention, self.projection_kind = attention, projection
+        self.projection = make_projection(projection, vision_model.config, language_model.config)
+        self.cross_attention = None
+        if attention == "cross":
+            layers = range(language_model.config.num_hidden_layers)
+            self.cross_attention = nn.ModuleList(CrossAttention(language_model.config) for _ in layers)
+        self.preprocessing = None  # the content of preprocessor_config.json
+
+    def encode_images(self, pixels):
+        """pixels (N, 3, S, S) -> projected features (N, P, D); a frozen tower runs without a graph"""
+        trained = any(p.requires_grad for p in self.vision_model.parameters())
+        with nullcontext() if trained else torch.no_grad():
+            features = self.vision_model(pixels.to(self.vision_model.embeddings.class_embedding.dtype))  # (N, P, Dv)
+        return self.projection(features)                                                         # (N, P, D)
+
+    def embed(self, input_ids, modality, features=None):
+        """Words are looked up, features (N, P, D) written to the image positions in order -> (B, T, D)"""
+        embeds = self.language_model.model.embed_tokens(input_ids)                               # (B, T, D)
+        places, given = modality == IMAGE, 0 if features is None else features.shape[0] * features.shape[1]
+        if int(places.sum()) != given:
+            raise InputError(f"{int(places.sum())} image positions in the batch, but {given} image tokens "
+                             f"({0 if features is None else features.shape[0]} pictures) to put there")
+        return embeds.index_put((places,), features.flatten(0, 1)) if given else embeds          # (B, T, D)
+
+    def forward(self, input_ids, modality, labels, pixels, image_index):
+        """One batch of `data.collate`, for training -> the loss of every trained token, and whether it was the first choice.
+
+        input_ids, modality, labels (B, T); labels[t] is input_ids[t] or -100: the shift is made here. pixels (U, 3, S, S)
+        are the distinct pictures, image_index (N) says which one stands at each place. Returns losses (n) float32 and hits
+        (n) bool, one for each label but -100, row by row; logits are computed at those positions only."""
+        features = self.encode_images(pixels)[image_index] if len(image_index) else None         # (N, P, D)
+        x = self.embed(input_ids, modality, features)                                            # (B, T, D)
+        positions = torch.arange(x.shape[1], device=x.device).expand_as(input_ids)               # (B, T)
+        x = self.language_model.model(x, positions, pattern(modality, modality, self.attention), None, self.cross_attention)
+        trained = labels[:, 1:] != -100                                                          # (B, T - 1)
+        logits = self.language_model.lm_head(x[:, :-1][trained]).float()                         # (n, V)
+        targets = labels[:, 1:][trained]                                                         # (n)
+        return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets  # (n), (n)
+
+    @torch.inference_mode()
+    def read(self, input_ids, modality, cache, features=None):
+        """Continue a conversation: T new tokens (1, T) go into the cache -> logits of the next token (V)"""
+        held = cache.length
+        pattern_ = pattern(modality, cache.append(modality), self.attention)
+        positions = torch.arange(held, held + input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
+        x = self.embed(input_ids, modality, features)                                            # (1, T, D)
+        x = self.language_model.model(x, positions, pattern_, cache, self.cross_attention)       # (1, T, D)
+        cache.advance(modality)
+        return self.language_model.lm_head(x[0, -1]).float()                                     # (V)
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
+        """Open a checkpoint that `save_pretrained` wrote."""
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{folder} is no checkpoint: config.json, projection.safetensors, language_model/ and "
+                             "vision_model/ belong there; train.py writes them to OUT/epoch-N")
+        config = read_json(folder / "config.json")
+        try:
+            vision = load_vit(folder / "vision_model", dtype, device, config["feature_layer"], config["class_token"])
+            language = load_llama(folder / "language_model", dtype, device)
+            model = cls(vision, language, config["attention"], config["projection"]).to(device=device, dtype=dtype)
+        except KeyError as error:
+            raise InputError(f"{folder}/config.json is not that of a checkpoint: {error.args[0]} missing") from error
+        fill(model.projection, [folder / "projection.safetensors"])
+        if model.cross_attention is not None:
+            fill(model.cross_attention, [folder / "cross_attention.safetensors"])
+        model.preprocessing = read_preprocessing(folder / "vision_model", vision.config.image_size)
+        return model.eval()
+
+    def save_pretrained(self, folder, tokenizer=None):
+        """Write the checkpoint that `from_pretrained` opens and whose two folders transformers opens; bit-exact.
+
+        It is written beside and renamed when whole. tokenizer: the file tokenizer.model, copied to language_model/.
+        Under ZeRO-3 every process must call this: each tensor is gathered, and process 0 writes."""
+        folder = Path(folder)
+        work = folder.with_name(f".{folder.name}.unfinished")
+        language, vision = self.language_model.config, self.vision_model.config
+        if is_main():
+            shutil.rmtree(work, ignore_errors=True)
+            for part in ("language_model", "vision_model"):
+                (work / part).mkdir(parents=True)
+            dtype = str(self.language_model.model.norm.weight.dtype).removeprefix("torch.")
+            write_json(work / "config.json", {
+                "model_type": "visualchat", "attention": self.attention, "projection": self.projection_kind,
+                "image_tokens": vision.image_tokens, "feature_layer": vision.feature_layer, "class_token": vision.class_token})
+            write_json(work / "language_model/config.json", {
+                "architectures": ["LlamaForCausalLM"], "model_type": "llama", **asdict(language), "hidden_act": "silu",
+                "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": dtype})
+            sizes = {k: v for k, v in asdict(vision).items() if k not in ("feature_layer", "class_token")}
+            write_json(work / "vision_model/config.json", {
+                "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **sizes, "torch_dtype": dtype})
+            write_json(work / "vision_model/preprocessor_config.json",
+                       {"image_processor_type": "CLIPImageProcessor", **self.preprocessing})
+            if tokenizer:
+                shutil.copyfile(tokenizer, work / "language_model/tokenizer.model")
+        save_weights(self.language_model, work / "language_model/model.safetensors")
+        save_weights(self.vision_model, work / "vision_model/model.safetensors", prefix="vision_model.")
+        save_weights(self.projection, work / "projection.safetensors")
+        if self.cross_attention is not None:
+            save_weights(self.cross_attention, work / "cross_attention.safetensors")
+        if is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+            work.rename(folder)
+
+
+# ---- weights in and out --------------------------------------------------------------------------------------------
+
+def load_llama(folder, dtype=torch.float32, device="cpu"):
+    """A LLaMA-2 from a folder in Hugging Face layout: config.json and *.safetensors (or *.bin), one file or shards."""
+    with torch.device("meta"):
+        model = Llama(LlamaConfig.read(folder))
+    tied = model.config.tie_word_embeddings
+
+    def rename(name):
+        return None if name.endswith("rotary_emb.inv_freq") or tied and name == "lm_head.weight" else name
+
+    fill(model, weight_files(folder), rename, dtype, device)
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.eval()
+
+
+def load_vit(folder, dtype=torch.float32, device="cpu", feature_layer=-1, class_token=True):
+    """A CLIP vision tower from a CLIPVisionModel (with the prefix vision_model. or without) or a whole CLIPModel."""
+    config = ViTConfig.read(folder)
+    config.feature_layer, config.class_token = feature_layer, class_token
+    with torch.device("meta"):
+        model = ViT(config)
+
+    def rename(name):
+        if name.startswith(("text_model.", "text_projection.", "visual_projection.", "logit_scale")):
+            return None
+        return None if name.endswith("position_ids") else name.removeprefix("vision_model.")
+
+    fill(model, weight_files(folder), rename, dtype, device)
+    return model.eval()
+
+
+def weight_files(folder):
+    """The files that hold a model's weights, published as one or as shards with an index; InputError if there are none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; config.json and *.safetensors of a model belong there")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        files = [folder / name] if (folder / name).exists() else []
+        if index.exists():
+            files = [folder / file for file in sorted(set(read_json(index)["weight_map"].values()))]
+            missing = [file.name for file in files if not file.exists()]
+            if missing:
+                raise InputError(f"{folder}: {index.name} names {', '.join(missing)}, not found there")
+        if files:
+            return files
+    raise InputError(f"{folder} holds no weights: model.safetensors (or shards with model.safetensors.index.json) belong there")
+
+
+def has_weights(folder):
+    """Whether a folder holds weights, and not a config.json alone"""
+    return any(Path(folder).glob("*.safetensors")) or any(Path(folder).glob("*.bin"))
+
+
+def fill(module, files, rename=lambda name: name, dtype=None, device=None):
+    """Stream tensors from files into the parameters of module, one at a time; strict.
+
+    rename(name in the file) -> name in the module, or None for a tensor left out on purpose. Parameters on the meta device are
+    made as they come, with dtype and device. InputError names unknown and missing tensors and shapes that do not fit."""
+    targets, wrong = dict(module.named_parameters()), []
+    for file in files:
+        for name, read in _tensors(file):
+            target = rename(name)
+            if target is None:
+                continue
+            if target not in targets:
+                wrong.append(f"{name} is not in the model")
+                continue
+            parameter, tensor = targets.pop(target), read()
+            if tensor.shape != parameter.shape:
+                wrong.append(f"{name} is {tuple(tensor.shape)} in the file, {tuple(parameter.shape)} in the model")
+            elif parameter.is_meta:
+                owner, _, leaf = target.rpartition(".")
+                setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
+            else:
+                parameter.data.copy_(tensor)
+    wrong += [f"{name} is missing" for name in targets]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise InputError(f"the weights in {files[0].parent} do not fit the model: {'; '.join(wrong[:5])}{more}")
+
+
+def _tensors(file):
+    """(name, function that reads the tensor) for each tensor of a .safetensors or, without running any code in it, .bin file."""
+    try:
+        if file.suffix == ".bin":
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            yield from ((name, lambda tensor=tensor: tensor) for name, tensor in content.items())
+        else:
+            with safe_open(file, "pt") as content:
+                yield from ((name, lambda name=name: content.get_tensor(name)) for name in content.keys())
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise InputError(f"weights {file} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def is_main():
+    """Whether this is the one process that prints and writes"""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def gathered(parameter):
+    """A context in which a parameter is whole, also where ZeRO-3 holds only this process's part of it"""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+    return deepspeed.zero.GatheredParameters([parameter])
+
+
+def save_weights(module, file, prefix="", shard_bytes=5e9):
+    """Write the parameters of module to a .safetensors file; above shard_bytes to shards with an index, one after the other."""
+    shards, size = [[]], 0
+    for name, parameter in module.named_parameters():
+        numbers = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+        if shards[-1] and size + numbers > shard_bytes:
+            shards, size = shards + [[]], 0
+        shards[-1].append((prefix + name, parameter))
+        size += numbers
+    index = {}
+    for n, shard in enumerate(shards, 1):
+        target = file if len(shards) == 1 else file.with_name(f"{file.stem}-{n:05d}-of-{len(shards):05d}{file.suffix}")
+        content = {}
+        for name, parameter in shard:
+            with gathered(parameter):
+                if is_main():
+                    content[name] = parameter.detach().cpu().clone(memory_format=torch.contiguous_format)
+            index[name] = target.name
+        if is_main():
+            save_file(content, target, metadata={"format": "pt"})
+    if len(shards) > 1 and is_main():
+        write_json(file.with_name(f"{file.name}.index.json"), {"metadata": {}, "weight_map": index})
+
+
+def write_json(path, content):
+    """Write content to a JSON file, readable and in UTF-8"""
+    Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

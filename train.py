@@ -1,0 +1,342 @@
+"""deepspeed.initialize and a loop, top to bottom.
+
+This file explains the training recipe (section 6 of the facts in the paper, arXiv:2309.14327): which weights are trained,
+the optimizer and its schedule, ZeRO, the loss over the global batch, evaluation, the log and the checkpoints. Not
+here: the model (model.py), the conversations and batches (data.py).
+
+    deepspeed train.py --language_model DIR --vision_model DIR --data_path DIR --datasets llava llava_dial
+    deepspeed --num_accelerators 2 train.py ...          two processes, also on a CPU
+    python train.py ...                                  one process, without the launcher
+"""
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import socket
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data import (CONCATENATE, DATASETS, Samples, Tokenizer, Turn, collate, concatenate, encode, epoch_samples, hold_out,
+                  read_dataset)
+from model import Llama, LlamaConfig, VisualChat, choose_device, has_weights, is_main, load_llama, load_vit
+from vision import InputError, ViT, ViTConfig, read_preprocessing
+
+
+def arguments():
+    """The command line; every default is the recipe's"""
+    parser = argparse.ArgumentParser(description="Train a vision-language chat model with DeepSpeed.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--language_model", type=Path, required=True, metavar="DIR", help="LLaMA-2 in Hugging Face layout")
+    add("--vision_model", type=Path, required=True, metavar="DIR", help="CLIP vision model in Hugging Face layout")
+    add("--data_path", type=Path, required=True, metavar="DIR", help="the folder that holds the data sets")
+    add("--datasets", nargs="+", default=["llava", "llava_dial"], metavar="NAME", help="of " + ", ".join(DATASETS))
+    add("--samples", nargs="+", default=["all"], metavar="N|all", help="conversations of each set; one value serves all")
+    add("--concatenate", nargs="+", type=int, metavar="N", help="join 1 to N conversations; one value serves all "
+        f"(default: the original's: {', '.join(f'{k} {v}' for k, v in CONCATENATE.items())}, others 1)")
+    add("--attention", choices=["mmca", "causal", "cross"], default="mmca", help="the mechanism")
+    add("--projection", choices=["linear"], default="linear", help="from features to word vectors")
+    add("--trainable", choices=["recipe", "all"], default="recipe", help="recipe: embedding, projection and CrA's layers")
+    add("--out", type=Path, default=Path("out"), metavar="DIR", help="where log.jsonl and epoch-N go")
+    add("--overwrite", action="store_true", help="replace the run that --out holds")
+    add("--epochs", type=int, default=6, help="times through the data")
+    add("--max_steps", type=int, help="stop after so many steps")
+    add("--batch_size", type=int, default=128, help="samples of a step, of all processes together")
+    add("--micro_batch_size", type=int, default=4, help="samples at once of one process; accumulation follows")
+    add("--learning_rate", type=float, default=1e-3, help="at its highest")
+    add("--embedding_learning_rate", type=float, help="of the word embedding, if another (default: --learning_rate)")
+    add("--warmup", type=float, default=0.1, help="fraction of all steps in which the learning rate rises")
+    add("--max_length", type=int, default=4096, help="tokens of a sample; rounds beyond are left out whole")
+    add("--max_images", type=int, default=8, help="pictures of a sample; rounds beyond are left out whole")
+    add("--eval_fraction", type=float, default=0.1, help="share of the conversations that is held out")
+    add("--workers", type=int, default=2, help="processes that read pictures, for each training process")
+    add("--zero_stage", type=int, choices=[0, 1, 2, 3], default=3, help="what ZeRO spreads over the processes")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="number format (default: bfloat16 on GPUs that have "
+        "it, float32 on a CPU)")
+    add("--seed", type=int, default=1234, help="of every random choice")
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
+    return parser.parse_args()
+
+
+def start_distributed(device):
+    """DeepSpeed's process group; without a launcher a group of one. The CPU needs a compiler for one small operation."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                              MASTER_PORT=str(free.getsockname()[1]))
+    if device.type == "cpu":
+        os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # ninja, if its environment is not activated
+        missing = [tool for tool in (os.environ.get("CXX", "g++"), "ninja") if not shutil.which(tool)]
+        if missing:
+            raise InputError(f"DeepSpeed compiles its communication on a CPU and needs {' and '.join(missing)}: install a "
+                             "C++ compiler (on Debian: apt-get install g++) and ninja (pip install ninja)")
+        if "OMP_NUM_THREADS" not in os.environ:
+            processes = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+    import deepspeed
+    deepspeed.utils.logger.setLevel("WARNING")
+    deepspeed.init_distributed(verbose=False)
+    return deepspeed
+
+
+def one_each(values, names, flag):
+    """A flag's values, one for each data set; one value serves all"""
+    if len(values) not in (1, len(names)):
+        raise InputError(f"{flag} has {len(values)} values for {len(names)} data sets; give one, or one for each")
+    return list(values) * (len(names) if len(values) == 1 else 1)
+
+
+def prepare_out(out, overwrite):
+    """Make the folder of the run, empty of an earlier one"""
+    earlier = [p for p in out.glob("*") if p.name in ("log.jsonl", "best", "tokenizer.model") or p.name.startswith("epoch-")]
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; name a folder")
+    if earlier and not overwrite:
+        raise InputError(f"--out {out} already holds a run ({earlier[0].name}); name another folder or add --overwrite")
+    dist.barrier()
+    if is_main():
+        out.mkdir(parents=True, exist_ok=True)
+        for path in earlier + list(out.glob(".*.unfinished")):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    dist.barrier()
+
+
+def make_model(args, conversations, device, dtype):
+    """Vision tower, language model and tokenizer from their folders, or from nothing -> VisualChat, Tokenizer"""
+    new = [not has_weights(folder) for folder in (args.language_model, args.vision_model)]
+    for folder, empty in zip((args.language_model, args.vision_model), new):
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{folder} holds no model: config.json and model.safetensors belong there")
+        if empty and args.trainable != "all":
+            raise InputError(f"{folder} holds config.json but no weights (*.safetensors): a model from nothing needs "
+                             "--trainable all")
+    file = args.language_model / "tokenizer.model"
+    if not file.exists():
+        if not new[0]:
+            raise InputError(f"{file} is missing: LLaMA-2's SentencePiece tokenizer belongs beside its weights")
+        file = args.out / "tokenizer.model"
+        if is_main():
+            Tokenizer.train(conversations, LlamaConfig.read(args.language_model).vocab_size, file)
+        dist.barrier()
+    tokenizer = Tokenizer(file)
+    torch.manual_seed(args.seed)
+    if new[0]:
+        config = LlamaConfig.read(args.language_model)
+        config.vocab_size = len(tokenizer)
+        language = Llama(config)
+    else:
+        language = load_llama(args.language_model, dtype)
+        if len(tokenizer) > language.config.vocab_size:
+            raise InputError(f"{file} has {len(tokenizer)} pieces, the language model only {language.config.vocab_size} "
+                             "embeddings: they do not belong together")
+    vision = ViT(ViTConfig.read(args.vision_model)) if new[1] else load_vit(args.vision_model, dtype)
+    model = VisualChat(vision, language, args.attention, args.projection)
+    model.preprocessing = read_preprocessing(args.vision_model, vision.config.image_size)
+    model.requires_grad_(args.trainable == "all")
+    vision.post_layernorm.requires_grad_(False)  # no feature passes it
+    for part in (language.model.embed_tokens, model.projection, model.cross_attention):
+        if part is not None:
+            part.requires_grad_(True)
+    return model.to(device=device, dtype=dtype), tokenizer
+
+
+def micro_batches(count, args, world, rank):
+    """Which samples this process takes, micro-batch by micro-batch; all processes get equally many, some may be empty.
+
+    Step s takes samples s * batch_size and on; micro-batch m of process r the r-th part of the m-th round of them."""
+    size = args.micro_batch_size
+    for first in range(0, math.ceil(count / args.batch_size) * args.batch_size, size * world):
+        start = first + rank * size
+        yield range(min(start, count), min(start + size, count))
+
+
+def finish_batch(examples, dummy):
+    """Examples, left-out ones (a number of rounds) and errors -> (batch, rounds left out, error or None). A batch without
+    a picture gets a sample of weight zero: under ZeRO-3 all processes must run the same modules."""
+    errors = [e for e in examples if isinstance(e, InputError)]
+    whole = [e for e in examples if not isinstance(e, (InputError, int))]
+    left_out = sum(e for e in examples if isinstance(e, int)) + sum(e.left_out for e in whole)
+    if not any(example.images for example in whole):
+        whole.append(dummy)
+    return collate(whole), left_out, errors[0] if errors else None
+
+
+def batches(conversations, model, tokenizer, args):
+    """The micro-batches of this process, read by workers"""
+    config = model.vision_model.config
+    samples = Samples(conversations, tokenizer, config.image_tokens, model.preprocessing, args.max_length, args.max_images)
+    dummy = encode([Turn("", None, ["dummy"])], tokenizer, config.image_tokens)
+    dummy.pixels = [torch.zeros(3, config.image_size, config.image_size)]
+    sampler = [list(part) for part in micro_batches(len(samples), args, dist.get_world_size(), dist.get_rank())]
+    return torch.utils.data.DataLoader(samples, batch_sampler=sampler, num_workers=args.workers,
+                                       collate_fn=partial(finish_batch, dummy=dummy))
+
+
+def next_step(loader, accumulation, device):
+    """The micro-batches of one step, and over all processes: trained tokens, tokens, rounds left out -> None at the end"""
+    parts = [part for part in (next(loader, None) for _ in range(accumulation)) if part is not None]
+    if not parts:
+        return None
+    errors = [error for *_, error in parts if error]
+    batch = [{name: value.to(device) for name, value in part.items()} for part, *_ in parts]
+    counts = torch.tensor([sum(int((b["labels"] != -100).sum()) for b in batch),
+                           sum(int((b["modality"] != 0).sum()) for b in batch),
+                           sum(left_out for _, left_out, _ in parts), len(errors)], dtype=torch.long, device=device)
+    dist.all_reduce(counts)
+    trained, tokens, left_out, bad = counts.tolist()
+    if bad:  # every process learns of it, and none waits for another
+        everywhere = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, str(errors[0]) if errors else None)
+        raise InputError(next(filter(None, everywhere)))
+    return batch, trained, tokens, left_out
+
+
+@torch.no_grad()
+def evaluate(engine, loader, accumulation, device):
+    """Held-out conversations -> mean loss of a trained token; share of answers whose every token, end token too, is the
+    model's first choice: exact match under greedy decoding, without generating"""
+    engine.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, tokens, exact answers, answers
+    while step := next_step(loader, accumulation, device):
+        for batch in step[0]:
+            losses, hits = engine(**batch)
+            trained = batch["labels"][:, 1:] != -100                                             # (B, T - 1)
+            first = trained & ~torch.nn.functional.pad(trained, (1, 0))[:, :-1]  # the first token of each answer
+            answer = first.flatten().cumsum(0)[trained.flatten()] - 1                            # (n), which answer
+            exact = torch.ones(int(first.sum()), dtype=torch.long, device=device)
+            exact = exact.scatter_reduce(0, answer, hits.long(), "amin")                         # (answers)
+            sums += torch.stack([losses.double().sum(), *(torch.tensor(float(n), dtype=torch.float64, device=device)
+                                                          for n in (len(losses), exact.sum(), len(exact)))])
+    dist.all_reduce(sums)
+    engine.train()
+    loss, tokens, exact, answers = sums.tolist()
+    return loss / max(tokens, 1), exact / max(answers, 1)
+
+
+def train(args):
+    """The whole of it"""
+    # what is asked for
+    device, dtype = choose_device("cpu" if not torch.accelerator.is_available() else None, args.dtype)
+    if device.type != "cpu":
+        device = torch.device(device.type, args.local_rank)
+    factors = one_each(args.concatenate or [CONCATENATE.get(name, 1) for name in args.datasets], args.datasets, "--concatenate")
+    amounts = one_each(args.samples, args.datasets, "--samples")
+    if any(n != "all" and not (n.isdigit() and int(n)) for n in amounts) or min(factors) < 1:
+        raise InputError("--samples takes numbers from 1 or the word all, --concatenate numbers from 1")
+    sets = [read_dataset(name, args.data_path, None if n == "all" else int(n), args.seed)
+            for name, n in zip(args.datasets, amounts)]
+
+    # processes
+    deepspeed = start_distributed(device)
+    world = dist.get_world_size()
+    accumulation, rest = divmod(args.batch_size, args.micro_batch_size * world)
+    if rest or not accumulation:
+        raise InputError(f"--batch_size {args.batch_size} is no multiple of --micro_batch_size {args.micro_batch_size} x "
+                         f"{world} processes")
+    prepare_out(args.out, args.overwrite)
+
+    # data
+    split = [hold_out(conversations, args.eval_fraction, f"{args.seed} {name}") for name, conversations in zip(args.datasets, sets)]
+    training = [part for part, _ in split]
+    rng = random.Random(f"held out {args.seed}")
+    held_out = [group for (_, part), factor in zip(split, factors) for group in concatenate(part, factor, rng)]
+    if not any(training):
+        raise InputError(f"{', '.join(args.datasets)}: no conversation is left to train on")
+    steps_of = [math.ceil(len(epoch_samples(training, factors, args.seed, epoch)) / args.batch_size) for epoch in range(args.epochs)]
+    total = min(sum(steps_of), args.max_steps or sum(steps_of))
+
+    # model
+    model, tokenizer = make_model(args, [c for part in training for c in part], device, dtype)
+    embedding = model.language_model.model.embed_tokens.weight
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad and p is not embedding]},
+              {"params": [embedding], "lr": args.embedding_learning_rate or args.learning_rate}]
+    trained = sum(p.numel() for group in groups for p in group["params"])
+    if is_main():
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {trained:,} of them trained; "
+              f"{sum(map(len, training))} conversations to train on, {sum(len(part) for _, part in split)} held out; {total} steps")
+
+    # engine
+    def schedule(step):
+        rise = max(1, round(args.warmup * total))
+        return (step + 1) / rise if step < rise else (1 + math.cos(math.pi * (step - rise) / max(1, total - rise))) / 2
+
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config={
+        "train_batch_size": args.batch_size, "train_micro_batch_size_per_gpu": args.micro_batch_size,
+        "gradient_accumulation_steps": accumulation, "gradient_clipping": 1.0, "zero_optimization": {"stage": args.zero_stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": args.learning_rate, "betas": [0.9, 0.95], "weight_decay": 0.0,
+                                                  "torch_adam": True}},
+        "bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16},
+    }, lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule))
+
+    # loop
+    step, best, rounds_left_out = 0, math.inf, 0
+    log = open(args.out / "log.jsonl", "w") if is_main() else None
+
+    def write(**line):
+        if log:
+            print(json.dumps(line), file=log, flush=True)
+
+    bar = tqdm(total=total, unit="step", disable=not is_main())
+    for epoch in range(args.epochs):
+        samples = epoch_samples(training, factors, args.seed, epoch)
+        loader = iter(batches(samples, model, tokenizer, args))
+        began = time.perf_counter()
+        while step < total and (work := next_step(loader, accumulation, device)):
+            parts, count, tokens, left_out = work
+            loss = torch.zeros((), device=device)
+            for batch in parts:
+                losses, _ = engine(**batch)
+                loss += losses.detach().sum()
+                # DeepSpeed divides by processes and accumulation; what is wanted is the mean over all trained tokens
+                engine.backward(losses.sum() * (world * accumulation / max(count, 1)))
+                rate = engine.get_lr()[0]
+                engine.step()
+            dist.all_reduce(loss)
+            loss, step, rounds_left_out = loss.item() / max(count, 1), step + 1, rounds_left_out + left_out
+            seconds = time.perf_counter() - began
+            began = time.perf_counter()
+            write(step=step, epoch=epoch + 1, loss=loss, learning_rate=rate, tokens=tokens, trained_tokens=count,
+                  tokens_per_second=round(tokens / seconds, 1), seconds=round(seconds, 4))
+            bar.update()
+            bar.set_postfix_str(f"loss {loss:.4f}, learning rate {rate:.2e}, {tokens / seconds:.0f} tokens/s")
+        if held_out:
+            eval_loss, exact = evaluate(engine, iter(batches(held_out, model, tokenizer, args)), accumulation, device)
+            write(step=step, epoch=epoch + 1, eval_loss=eval_loss, eval_exact=exact)
+            bar.write(f"epoch {epoch + 1}: held-out loss {eval_loss:.4f}, exact match {exact:.2%}")
+        engine.module.save_pretrained(args.out / f"epoch-{epoch + 1}", tokenizer.file)
+        if is_main() and (not held_out or eval_loss < best):
+            best = eval_loss if held_out else best
+            link = args.out / ".best.unfinished"
+            link.symlink_to(f"epoch-{epoch + 1}")
+            link.replace(args.out / "best")
+        if step == total:
+            break
+    bar.close()
+    if is_main():
+        print(f"{step} steps; {rounds_left_out} rounds left out (--max_length, --max_images); the model is in {args.out}/best")
+    dist.destroy_process_group()
+
+
+def main():
+    """Run; what the user can mend is one sentence on stderr and exit code 2"""
+    args = arguments()
+    try:
+        train(args)
+    except InputError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"train.py: {error}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(2) if dist.is_initialized() else sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
