@@ -10,6 +10,7 @@ width, H heads, K key/value heads, d head width, L layers, V vocabulary.
 """
 import json
 import os
+import pickle
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -257,10 +258,9 @@ class KVCache:
         self.modality[:, self.length:stop] = modality
         return self.modality[:, :stop]
 
-    def advance(self, modality):
-        """After the last layer: the new tokens count as held."""
-        images = int((modality == IMAGE).sum())
-        self.texts, self.images = self.texts + modality.shape[1] - images, self.images + images
+    def advance(self, pattern):
+        """After the last layer: the new tokens count as held (under "causal" all of them as text)."""
+        self.texts, self.images = self.texts + pattern.queries.n, self.images + pattern.new_images.n
 
     def layer(self, i):
         """The part of layer i, as `attend` and `CrossAttention` use it"""
@@ -350,7 +350,7 @@ class VisualChat(nn.Module):
         positions = torch.arange(held, held + input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
         x = self.embed(input_ids, modality, features)                                            # (1, T, D)
         x = self.language_model.model(x, positions, pattern_, cache, self.cross_attention)       # (1, T, D)
-        cache.advance(modality)
+        cache.advance(pattern_)
         return self.language_model.lm_head(x[0, -1]).float()                                     # (V)
 
     @classmethod
@@ -502,6 +502,8 @@ def _tensors(file):
         else:
             with safe_open(file, "pt") as content:
                 yield from ((name, lambda name=name: content.get_tensor(name)) for name in content.keys())
+    except pickle.UnpicklingError as error:
+        raise InputError(f"weights {file} hold more than tensors and are not opened: code in them could run") from error
     except (OSError, SafetensorError, RuntimeError) as error:
         raise InputError(f"weights {file} cannot be read: {str(error).splitlines()[0]}") from error
 

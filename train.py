@@ -17,6 +17,7 @@ import shutil
 import socket
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -82,10 +83,24 @@ def start_distributed(device):
         if "OMP_NUM_THREADS" not in os.environ:
             processes = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # between DeepSpeed and torch
     import deepspeed
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.init_distributed(verbose=False)
     return deepspeed
+
+
+def on_main(action):
+    """Run action on process 0 while the others wait; its InputError is everybody's"""
+    failed = [None]
+    if is_main():
+        try:
+            action()
+        except InputError as error:
+            failed = [str(error)]
+    dist.broadcast_object_list(failed)
+    if failed[0]:
+        raise InputError(failed[0])
 
 
 def one_each(values, names, flag):
@@ -96,18 +111,15 @@ def one_each(values, names, flag):
 
 
 def prepare_out(out, overwrite):
-    """Make the folder of the run, empty of an earlier one"""
+    """Make the folder of the run, empty of an earlier one (process 0 alone)"""
     earlier = [p for p in out.glob("*") if p.name in ("log.jsonl", "best", "tokenizer.model") or p.name.startswith("epoch-")]
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; name a folder")
     if earlier and not overwrite:
         raise InputError(f"--out {out} already holds a run ({earlier[0].name}); name another folder or add --overwrite")
-    dist.barrier()
-    if is_main():
-        out.mkdir(parents=True, exist_ok=True)
-        for path in earlier + list(out.glob(".*.unfinished")):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    dist.barrier()
+    out.mkdir(parents=True, exist_ok=True)
+    for path in earlier + list(out.glob(".*.unfinished")):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def make_model(args, conversations, device, dtype):
@@ -124,9 +136,7 @@ def make_model(args, conversations, device, dtype):
         if not new[0]:
             raise InputError(f"{file} is missing: LLaMA-2's SentencePiece tokenizer belongs beside its weights")
         file = args.out / "tokenizer.model"
-        if is_main():
-            Tokenizer.train(conversations, LlamaConfig.read(args.language_model).vocab_size, file)
-        dist.barrier()
+        on_main(lambda: Tokenizer.train(conversations, LlamaConfig.read(args.language_model).vocab_size, file))
     tokenizer = Tokenizer(file)
     torch.manual_seed(args.seed)
     if new[0]:
@@ -242,7 +252,7 @@ def train(args):
     if rest or not accumulation:
         raise InputError(f"--batch_size {args.batch_size} is no multiple of --micro_batch_size {args.micro_batch_size} x "
                          f"{world} processes")
-    prepare_out(args.out, args.overwrite)
+    on_main(lambda: prepare_out(args.out, args.overwrite))
 
     # data
     split = [hold_out(conversations, args.eval_fraction, f"{args.seed} {name}") for name, conversations in zip(args.datasets, sets)]

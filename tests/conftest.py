@@ -1,5 +1,48 @@
-"""Tests import the six files from the folder above and run on two threads at most."""
+"""What several tests share: the six files on the path, the fixtures, and a tiny model with pictures made of them."""
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+FIXTURES = Path(__file__).parent / "fixtures"
+sys.path.insert(0, str(ROOT))
+
+from mmca import IMAGE, TEXT, pattern  # noqa: E402
+from model import VisualChat, load_llama, load_vit  # noqa: E402
+from vision import read_preprocessing  # noqa: E402
+
+
+def tiny_model(attention="mmca"):
+    """The fixtures' vision tower (17 tokens a picture) and language model, joined by a random projection"""
+    torch.manual_seed(0)
+    model = VisualChat(load_vit(FIXTURES / "tiny-clip"), load_llama(FIXTURES / "tiny-llama"), attention).eval()
+    model.preprocessing = read_preprocessing(FIXTURES / "tiny-clip", 56)
+    if model.cross_attention is not None:
+        for layer in model.cross_attention:
+            torch.nn.init.constant_(layer.gate, 0.7)
+    return model
+
+
+@pytest.fixture
+def make_model():
+    """tiny_model, as a fixture"""
+    return tiny_model
+
+
+def sequence(text, seed=0, image_tokens=17):
+    """'TTI' -> ids (1, T) random where T stands, modality (1, T): each I is a whole picture"""
+    modality = [m for c in text for m in ([IMAGE] * image_tokens if c == "I" else [TEXT])]
+    modality = torch.tensor([modality])
+    ids = torch.randint(3, 512, modality.shape, generator=torch.Generator().manual_seed(seed))
+    return ids.masked_fill(modality == IMAGE, 0), modality
+
+
+@torch.inference_mode()
+def all_logits(model, ids, modality, features=None):
+    """The logits of every position (B, T, V), everything at once"""
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    x = model.language_model.model(model.embed(ids, modality, features), positions,
+                                   pattern(modality, modality, model.attention), None, model.cross_attention)
+    return model.language_model.lm_head(x)

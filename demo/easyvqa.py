@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""Turn the public easy-VQA set into LLaVA's file layout, so that real pictures and questions can be trained on.
+
+    pip download --no-deps easy-vqa==1.0 -d data                     (3 MB, MIT licence, by Victor Zhou)
+    python demo/easyvqa.py data/easy_vqa-1.0-py3-none-any.whl data/easyvqa
+
+The train part (4,000 pictures of 64 x 64, 38,575 questions, 13 answers) becomes, below data/easyvqa,
+
+    coco/train2017/000000000000.png ...       each picture in the eight ways that a square can be turned and mirrored
+    llava/conversation_58k.json               (no question is about places): one conversation each, a round a question
+    llava/detail_23k.json                     one sample a picture as published: its first question
+    llava/complex_reasoning_77k.json          one sample a picture as published: its last question
+
+and the official test part (1,000 pictures, 9,673 questions) becomes
+
+    test.json                                 a script for chat.py: every question alone with its picture
+    test_answers.csv                          the answers, in the same order
+"""
+import csv
+import io
+import json
+import sys
+import zipfile
+from pathlib import Path
+
+from PIL import Image
+
+WAYS = [None, *(Image.Transpose(n) for n in range(7))]  # as it is, mirrored, turned
+
+
+def questions_of(archive, part):
+    """{picture: [(question, answer), ...]} of one part, pictures in order of their number"""
+    rounds = {}
+    for question, answer, image in json.loads(archive.read(f"easy_vqa/data/{part}/questions.json")):
+        rounds.setdefault(image, []).append((question, answer))
+    return dict(sorted(rounds.items()))
+
+
+def record(name, rounds):
+    """One record of LLaVA's files: the picture stands before the first question"""
+    turns = []
+    for n, (question, answer) in enumerate(rounds):
+        turns.append({"from": "human", "value": question if n else f"<image>\n{question}"})
+        turns.append({"from": "gpt", "value": answer})
+    return {"id": name[:-4], "image": name, "conversations": turns}
+
+
+def main(wheel, out):
+    """Write the files that the head of this file lists"""
+    out, archive = Path(out), zipfile.ZipFile(wheel)
+    for folder in ("coco/train2017", "coco/test2017", "llava"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    train, files = questions_of(archive, "train"), {"detail_23k": [], "complex_reasoning_77k": [], "conversation_58k": []}
+    for image, rounds in train.items():
+        picture = Image.open(io.BytesIO(archive.read(f"easy_vqa/data/train/images/{image}.png")))
+        for n, way in enumerate(WAYS):
+            name = f"{n}{image:011d}.png"
+            (picture if way is None else picture.transpose(way)).save(out / "coco/train2017" / name)
+            files["conversation_58k"].append(record(name, rounds))
+        files["detail_23k"].append(record(f"0{image:011d}.png", rounds[:1]))
+        files["complex_reasoning_77k"].append(record(f"0{image:011d}.png", rounds[-1:]))
+    for name, records in files.items():
+        (out / "llava" / f"{name}.json").write_text(json.dumps(records))
+    script, answers = {}, []
+    for image, rounds in questions_of(archive, "test").items():
+        (out / f"coco/test2017/{image:012d}.png").write_bytes(archive.read(f"easy_vqa/data/test/images/{image}.png"))
+        for question, answer in rounds:
+            script[f"{len(answers):05d}"] = [[question, f"coco/test2017/{image:012d}.png"]]
+            answers.append([f"{len(answers):05d}", answer])
+    (out / "test.json").write_text(json.dumps(script))
+    with open(out / "test_answers.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["test_name", "answer"], *answers])
+    print(f"{len(train)} pictures x {len(WAYS)} to train on, {len(answers)} test questions in {out}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(*sys.argv[1:])

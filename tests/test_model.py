@@ -1,0 +1,278 @@
+"""LLaMA-2, VisualChat and weights against transformers' numbers and the rules of the design. python -m pytest tests/test_model.py"""
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import FIXTURES, all_logits, sequence, tiny_model
+from safetensors.torch import load_file, save_file
+
+from mmca import IMAGE, TEXT
+from model import KVCache, LlamaConfig, VisualChat, load_llama, load_vit, rotary, rotate, save_weights
+from vision import InputError
+
+KINDS = "mmca", "causal", "cross"
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-llama-sharded"])
+def test_logits_are_those_of_transformers(name):
+    expected = load_file(FIXTURES / name / "expected.safetensors")
+    with torch.no_grad():
+        logits = load_llama(FIXTURES / name)(expected["input_ids"])
+    torch.testing.assert_close(logits, expected["logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-llama-sharded"])
+def test_greedy_tokens_are_those_of_transformers(name):
+    """With the cache, a token at a time"""
+    expected = load_file(FIXTURES / name / "expected.safetensors")
+    model = VisualChat(load_vit(FIXTURES / "tiny-clip"), load_llama(FIXTURES / name))
+    cache, ids, generated = KVCache(model.language_model.config, 40, "cpu", torch.float32), expected["input_ids"][:1], []
+    for _ in range(12):
+        generated.append(model.read(ids, torch.full_like(ids, TEXT), cache).argmax().item())
+        ids = torch.tensor([generated[-1:]])
+    assert generated == expected["generated"].tolist()
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-llama-sharded"])
+def test_old_and_new_spelling_of_the_configuration(tmp_path, name):
+    shutil.copy(FIXTURES / name / "config.transformers4.json", tmp_path / "config.json")
+    assert LlamaConfig.read(tmp_path) == LlamaConfig.read(FIXTURES / name)
+
+
+def test_configuration_of_an_old_file_without_later_fields(tmp_path):
+    config = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = LlamaConfig.read(tmp_path)
+    assert (read.num_key_value_heads, read.head_dim, read.rope_theta, read.tie_word_embeddings) == (4, 16, 10000.0, False)
+
+
+@pytest.mark.parametrize("change, name", [({"rope_scaling": {"type": "linear", "factor": 2}}, "linear"),
+                                          ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "llama3"),
+                                          ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
+                                          ({"hidden_act": "gelu"}, "hidden_act"), ({"model_type": "mistral"}, "mistral")])
+def test_what_is_not_supported_is_refused_by_name(tmp_path, change, name):
+    config = json.loads((FIXTURES / "tiny-llama/config.transformers4.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=name):
+        LlamaConfig.read(tmp_path)
+
+
+def copy_of(name, folder, change):
+    """A copy of a one-file fixture whose tensors went through change(dict)"""
+    shutil.copytree(FIXTURES / name, folder, dirs_exist_ok=True)
+    tensors = load_file(FIXTURES / name / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_published_buffers_are_dropped_by_name(tmp_path):
+    copy_of("tiny-llama", tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    load_llama(tmp_path)
+    copy_of("tiny-clip", tmp_path / "clip", lambda t: t.update({"vision_model.embeddings.position_ids": torch.arange(17)[None]}))
+    load_vit(tmp_path / "clip")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "model.layers.1.mlp.up_proj.weight is missing"),
+    (lambda t: t.update({"model.layers.7.mlp.up_proj.weight": torch.ones(1)}), "model.layers.7.mlp.up_proj.weight is not in the"),
+    (lambda t: t.update({"lm_head.weight": torch.ones(3, 4)}), r"lm_head.weight is \(3, 4\) in the file, \(512, 64\) in the")])
+def test_weights_that_do_not_fit_are_named(tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        load_llama(copy_of("tiny-llama", tmp_path, change))
+
+
+def test_missing_shard_and_missing_weights_are_named(tmp_path):
+    shutil.copytree(FIXTURES / "tiny-llama-sharded", tmp_path / "a")
+    (tmp_path / "a/model-00003-of-00004.safetensors").unlink()
+    with pytest.raises(InputError, match="model-00003-of-00004.safetensors"):
+        load_llama(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    shutil.copy(FIXTURES / "tiny-llama/config.json", tmp_path / "b")
+    with pytest.raises(InputError, match="holds no weights"):
+        load_llama(tmp_path / "b")
+    (tmp_path / "b/model.safetensors").write_bytes(b"not a safetensors file at all")
+    with pytest.raises(InputError, match="model.safetensors cannot be read"):
+        load_llama(tmp_path / "b")
+
+
+class Harm:
+    """A pickle that would run code"""
+
+    def __reduce__(self):
+        return open, ("harm-was-done", "w")
+
+
+def test_bin_files_open_without_running_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(FIXTURES / "tiny-llama/config.json", tmp_path)
+    torch.save(load_file(FIXTURES / "tiny-llama/model.safetensors"), tmp_path / "pytorch_model.bin")
+    ours, theirs = load_llama(tmp_path), load_llama(FIXTURES / "tiny-llama")
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
+    torch.save({"lm_head.weight": Harm()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="hold more than tensors"):
+        load_llama(tmp_path)
+    assert not (tmp_path / "harm-was-done").exists()
+
+
+def test_text_alone_is_llama_under_every_mechanism():
+    expected = load_file(FIXTURES / "tiny-llama/expected.safetensors")
+    for kind in KINDS:
+        modality = torch.full_like(expected["input_ids"], TEXT)
+        logits = all_logits(tiny_model(kind), expected["input_ids"], modality)
+        torch.testing.assert_close(logits, expected["logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strictly_causal(kind):
+    model, (ids, modality) = tiny_model(kind), sequence("TTTITTITT")
+    features = torch.randn(2, 17, 64)
+    before = all_logits(model, ids, modality, features)
+    for j in (1, 2, 20, 39):
+        changed = ids.clone()
+        changed[0, j] = (changed[0, j] + 1) % 512
+        moved = (all_logits(model, changed, modality, features) - before).abs().amax(-1)[0] > 1e-5
+        assert not moved[:j].any() and moved[j]
+        if kind != "causal":
+            assert not (moved & (modality[0] == IMAGE)).any(), "a word changed an image row"
+    other = features.clone()
+    other[1, 3] += 1
+    place = (modality[0] == IMAGE).nonzero().flatten()[17 + 3]
+    moved = (all_logits(model, ids, modality, other) - before).abs().amax(-1)[0] > 1e-5
+    assert not moved[:place].any() and moved[place] and moved[-1]
+    if kind != "causal":
+        assert (moved & (modality[0] == IMAGE)).sum() == 1
+
+
+def test_pictures_stand_in_order():
+    """The original inserts them in reverse"""
+    model, (ids, modality) = tiny_model(), sequence("TITTIIT")
+    features = torch.randn(3, 17, 64)
+    embeds = model.embed(ids, modality, features)
+    torch.testing.assert_close(embeds[modality == IMAGE], features.flatten(0, 1))
+    words = model.language_model.model.embed_tokens(ids)
+    torch.testing.assert_close(embeds[modality == TEXT], words[modality == TEXT])
+
+
+def test_a_count_that_does_not_fit_names_both_numbers():
+    model, (ids, modality) = tiny_model(), sequence("TIIT")
+    with pytest.raises(InputError, match="34 image positions in the batch, but 17 image tokens"):
+        model.embed(ids, modality, torch.randn(1, 17, 64))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rounds", [["TTITTT", "T", "IITT", "TT", "T", "TIT"], ["TTTT", "ITI", "T"], ["IT", "IT", "IT"]])
+def test_round_by_round_is_everything_at_once(kind, rounds):
+    model, (ids, modality) = tiny_model(kind), sequence("".join(rounds))
+    features = torch.randn("".join(rounds).count("I"), 17, 64)
+    expected = all_logits(model, ids, modality, features)[0]
+    cache, done, pictures = KVCache(model.language_model.config, ids.shape[1], "cpu", torch.float32), 0, 0
+    for text in rounds:
+        stop, shown = done + sequence(text)[0].shape[1], text.count("I")
+        logits = model.read(ids[:, done:stop], modality[:, done:stop], cache,
+                            features[pictures:pictures + shown] if shown else None)
+        torch.testing.assert_close(logits, expected[stop - 1], atol=2e-5, rtol=1e-4)
+        done, pictures = stop, pictures + shown
+    with pytest.raises(InputError, match="there is room for"):
+        model.read(ids[:, :1], modality[:, :1], cache)
+
+
+def test_what_the_decoder_keeps_for_a_picture_depends_on_the_picture_alone():
+    """Under MMCA: values equal, and keys equal but for their rotation, at another place in another conversation"""
+    model, features, config = tiny_model(), torch.randn(2, 17, 64), tiny_model().language_model.config
+    kept = []
+    for text, order in (("TTIT", [0]), ("TITTTTTTIT", [1, 0])):
+        ids, modality = sequence(text, seed=len(text))
+        cache = KVCache(config, ids.shape[1], "cpu", torch.float32)
+        model.read(ids, modality, cache, features[order])
+        newest = slice(cache.keys.shape[3] - cache.images, cache.keys.shape[3] - cache.images + 17)
+        positions = torch.arange(ids.shape[1])[modality[0] == IMAGE][-17:].flip(0)
+        back = rotate(cache.keys[:, 0, :, newest], *rotary(-positions[None], config, torch.float32))
+        kept.append((back, cache.values[:, 0, :, newest]))
+    for one, other in zip(*kept):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_added_layers_are_the_second_term_with_weights_of_their_own():
+    model, (ids, modality) = tiny_model("cross"), sequence("TTITIT")
+    layer, x = model.cross_attention[0], torch.randn(1, 4, 64)
+    features = torch.randn(1, 34, 64)
+    from mmca import pattern
+    out = layer(x, features.flip(1), pattern(modality, modality, "cross"))
+    normed = layer.norm(x)
+    for t, seen in enumerate([0, 0, 17, 34]):
+        result = x[0, t]
+        if seen:
+            q = layer.q_proj(normed[0, t]).view(4, 16)
+            k = layer.k_proj(features[0, :seen]).view(seen, 2, 16).repeat_interleave(2, 1)
+            v = layer.v_proj(features[0, :seen]).view(seen, 2, 16).repeat_interleave(2, 1)
+            weights = (torch.einsum("hd,khd->hk", q, k) / 4).softmax(-1)
+            result = result + layer.gate.tanh() * layer.o_proj(torch.einsum("hk,khd->hd", weights, v).flatten())
+        torch.testing.assert_close(out[0, t], result, atol=1e-5, rtol=1e-5)
+
+
+def test_loss_of_each_trained_token():
+    """Logits only at labelled positions give the same losses as cross entropy over everything"""
+    model, (ids, modality) = tiny_model(), sequence("TTITTTTIT")
+    labels = torch.where((torch.rand(ids.shape) < 0.5) & (modality == TEXT), ids, -100)
+    labels[0, 0] = -100
+    pixels, index = torch.randn(1, 3, 56, 56), torch.tensor([0, 0])
+    losses, hits = model(ids, modality, labels, pixels, index)
+    logits = all_logits(model, ids, modality, model.encode_images(pixels)[index])[:, :-1]
+    full = torch.nn.functional.cross_entropy(logits[0], labels[0, 1:], reduction="none")
+    torch.testing.assert_close(losses, full[labels[0, 1:] != -100])
+    assert torch.equal(hits, (logits.argmax(-1) == labels[:, 1:])[labels[:, 1:] != -100])
+
+
+def test_gradients_reach_embedding_and_projection_through_frozen_weights():
+    model, (ids, modality) = tiny_model(), sequence("TTITT")
+    model.requires_grad_(False)
+    model.projection.requires_grad_(True)
+    model.language_model.model.embed_tokens.requires_grad_(True)
+    losses, _ = model(ids, modality, torch.where(modality == TEXT, ids, -100), torch.randn(1, 3, 56, 56), torch.tensor([0]))
+    losses.sum().backward()
+    assert model.projection[0].weight.grad.abs().sum() > 0 and model.language_model.model.embed_tokens.weight.grad.abs().sum() > 0
+    assert model.vision_model.pre_layrnorm.weight.grad is None and model.language_model.model.norm.weight.grad is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_and_load_is_bit_exact(tmp_path, kind, dtype):
+    model = tiny_model(kind).to(dtype)
+    model.save_pretrained(tmp_path / "it", FIXTURES / "tokenizer.model")
+    again = VisualChat.from_pretrained(tmp_path / "it", dtype)
+    assert again.attention == kind and again.preprocessing["image_mean"] == model.preprocessing["image_mean"]
+    ours, theirs = dict(model.named_parameters()), dict(again.named_parameters())
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not list(tmp_path.glob(".*")) and (tmp_path / "it/language_model/tokenizer.model").exists()
+
+
+def test_large_models_are_saved_in_shards(tmp_path):
+    model = load_llama(FIXTURES / "tiny-llama")
+    shutil.copy(FIXTURES / "tiny-llama/config.json", tmp_path)
+    save_weights(model, tmp_path / "model.safetensors", shard_bytes=200_000)
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), load_llama(tmp_path).parameters()))
+
+
+def test_half_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(InputError, match="is no checkpoint"):
+        VisualChat.from_pretrained(tmp_path)
+    tiny_model().save_pretrained(tmp_path / "it")
+    (tmp_path / "it/projection.safetensors").unlink()
+    with pytest.raises(InputError, match="projection.safetensors"):
+        VisualChat.from_pretrained(tmp_path / "it")
+
+
+def test_transformers_opens_what_is_saved(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "it", FIXTURES / "tokenizer.model")
+    ids, modality = sequence("TTTTTTTT")
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "it/language_model", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(all_logits(model, ids, modality), theirs(ids).logits, atol=1e-4, rtol=0)
+        pixels = torch.randn(2, 3, 56, 56)
+        theirs = transformers.CLIPVisionModel.from_pretrained(tmp_path / "it/vision_model", dtype=torch.float32)
+        torch.testing.assert_close(model.vision_model(pixels), theirs(pixels).last_hidden_state, atol=1e-4, rtol=0)
