@@ -68,7 +68,9 @@ def arguments():
 
 
 def start_distributed(device):
-    """DeepSpeed's process group; without a launcher a group of one. The CPU needs a compiler for one small operation."""
+    """DeepSpeed's process group, without a launcher a group of one -> the module deepspeed, this process's device.
+
+    On a CPU DeepSpeed compiles one small operation."""
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -86,8 +88,11 @@ def start_distributed(device):
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # between DeepSpeed and torch
     import deepspeed
     deepspeed.utils.logger.setLevel("WARNING")
+    if device.type != "cpu":
+        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
+        torch.accelerator.set_device_index(device.index)
     deepspeed.init_distributed(verbose=False)
-    return deepspeed
+    return deepspeed, device
 
 
 def on_main(action):
@@ -235,9 +240,9 @@ def evaluate(engine, loader, accumulation, device):
 def train(args):
     """The whole of it"""
     # what is asked for
-    device, dtype = choose_device("cpu" if not torch.accelerator.is_available() else None, args.dtype)
-    if device.type != "cpu":
-        device = torch.device(device.type, args.local_rank)
+    device, dtype = choose_device(None, args.dtype)
+    if device.type == "cpu" and dtype == torch.float16:
+        raise InputError("--dtype float16: DeepSpeed has none on a CPU; take bfloat16 or float32")
     factors = one_each(args.concatenate or [CONCATENATE.get(name, 1) for name in args.datasets], args.datasets, "--concatenate")
     amounts = one_each(args.samples, args.datasets, "--samples")
     if any(n != "all" and not (n.isdigit() and int(n)) for n in amounts) or min(factors) < 1:
@@ -246,7 +251,7 @@ def train(args):
             for name, n in zip(args.datasets, amounts)]
 
     # processes
-    deepspeed = start_distributed(device)
+    deepspeed, device = start_distributed(device)
     world = dist.get_world_size()
     accumulation, rest = divmod(args.batch_size, args.micro_batch_size * world)
     if rest or not accumulation:
@@ -343,8 +348,8 @@ def main():
         train(args)
     except InputError as error:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"train.py: {error}", file=sys.stderr)
-        sys.stderr.flush()
+            tqdm.write(f"train.py: {error}", file=sys.stderr)  # on a line of its own, whatever the bar is doing
+        sys.stdout.flush(), sys.stderr.flush()
         os._exit(2) if dist.is_initialized() else sys.exit(2)
 
 

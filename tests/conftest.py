@@ -18,6 +18,7 @@ def tiny_model(attention="mmca"):
     """The fixtures' vision tower (17 tokens a picture) and language model, joined by a random projection"""
     torch.manual_seed(0)
     model = VisualChat(load_vit(FIXTURES / "tiny-clip"), load_llama(FIXTURES / "tiny-llama"), attention).eval()
+    model.language_model.config.max_position_embeddings = 2048  # 128 in the fixture: few rounds fit
     model.preprocessing = read_preprocessing(FIXTURES / "tiny-clip", 56)
     if model.cross_attention is not None:
         for layer in model.cross_attention:

@@ -1,0 +1,128 @@
+"""train.py as users start it, with tiny models. python -m pytest tests/test_train.py"""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FIXTURES, ROOT
+
+from model import VisualChat
+
+LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29517"]
+
+
+def run(folder, *flags, two=False, fails=False, script="train.py", **environment):
+    """Start train.py on the miniature data in folder -> the lines of log.jsonl, or with fails its stderr"""
+    command = [*LAUNCHER, script] if two else [sys.executable, script]
+    command += ["--language_model", folder / "llama", "--vision_model", FIXTURES / "tiny-clip", "--data_path", folder,
+                "--out", folder / "out", "--workers", "1", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
+    if fails:
+        assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout, done.stdout + done.stderr
+        lines = [line for line in done.stderr.splitlines() if line.startswith("train.py")]
+        assert len(lines) == 1, done.stderr
+        return lines[0]
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in (folder / "out/log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """13 conversations of answers of very different lengths, three of them without a picture, and a model with a tokenizer"""
+    (tmp_path / "llava").mkdir()
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "coco/train2017").symlink_to(FIXTURES / "tiny-clip/images")
+    shutil.copytree(FIXTURES / "tiny-llama", tmp_path / "llama")
+    shutil.copy(FIXTURES / "tokenizer.model", tmp_path / "llama")
+    names = sorted(path.name for path in (FIXTURES / "tiny-clip/images").iterdir())
+    records = [{"image": names[i % 4], "conversations": [
+        {"from": "human", "value": "What is it?" + ("" if i in (2, 5, 6) else "\n<image>")},
+        {"from": "gpt", "value": "a cat " * (1 + i * i % 17)}]} for i in range(13)]
+    (tmp_path / "llava/conversation_58k.json").write_text(json.dumps(records))
+    return tmp_path
+
+
+def losses(log):
+    return [line["loss"] for line in log if "loss" in line]
+
+
+def test_processes_accumulation_and_zero_make_no_difference(folder):
+    """The loss is the mean over the trained tokens of the global batch, however it is cut; a mean of means is another.
+
+    The last batch of an epoch holds too few samples for both processes, some micro-batches hold no picture."""
+    common = ["--datasets", "llava_dial", "--concatenate", "1", "--batch_size", "8", "--epochs", "3", "--eval_fraction", "0.2",
+              "--learning_rate", "0.02", "--embedding_learning_rate", "0.01", "--overwrite"]
+    one = run(folder, *common, "--micro_batch_size", "8", "--zero_stage", "0")
+    assert [line["step"] for line in one if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert one[0].keys() == {"step", "epoch", "loss", "learning_rate", "tokens", "trained_tokens", "tokens_per_second", "seconds"}
+    assert losses(one)[-1] < 0.9 * losses(one)[0], "it learns"
+    evaluations = [line for line in one if "eval_loss" in line]
+    assert len(evaluations) == 3 and all(0 <= line["eval_exact"] <= 1 for line in evaluations)
+    for two, flags in ((False, ["--micro_batch_size", "1", "--zero_stage", "0"]), (True, ["--micro_batch_size", "4"]),
+                       (True, ["--micro_batch_size", "1", "--zero_stage", "2"])):
+        other = run(folder, *common, *flags, two=two)
+        torch.testing.assert_close(torch.tensor(losses(other)), torch.tensor(losses(one)), atol=2e-5, rtol=2e-5)
+        for a, b in zip(evaluations, (line for line in other if "eval_loss" in line)):
+            assert abs(a["eval_loss"] - b["eval_loss"]) < 2e-5 and a["eval_exact"] == b["eval_exact"]
+        assert [line["trained_tokens"] for line in other if "loss" in line] == [line["trained_tokens"] for line in one if "loss" in line]
+    model = VisualChat.from_pretrained(folder / "out/best")
+    before = torch.nn.Module.named_parameters
+    frozen = VisualChat.from_pretrained(folder / "out/epoch-1")
+    for (name, a), (_, b) in zip(before(model), before(frozen)):
+        trained = name.startswith("projection") or "embed_tokens" in name
+        best = os.readlink(folder / "out/best")
+        assert torch.equal(a, b) != (trained and best != "epoch-1"), name
+
+
+def test_cross_attention_with_two_processes(folder):
+    """A process without a picture runs the added layers too"""
+    common = ["--datasets", "llava_dial", "--concatenate", "1", "--batch_size", "4", "--epochs", "1", "--eval_fraction", "0",
+              "--attention", "cross", "--overwrite"]
+    one = run(folder, *common, "--micro_batch_size", "4", "--zero_stage", "0")
+    two = run(folder, *common, "--micro_batch_size", "1", two=True)
+    torch.testing.assert_close(torch.tensor(losses(one)), torch.tensor(losses(two)), atol=2e-5, rtol=2e-5)
+
+
+def test_from_nothing_with_a_learned_tokenizer_then_chat(folder):
+    shutil.rmtree(folder / "llama")
+    (folder / "llama").mkdir()
+    config = json.loads((FIXTURES / "tiny-llama/config.json").read_text()) | {"vocab_size": 3000}
+    (folder / "llama/config.json").write_text(json.dumps(config))
+    flags = ["--datasets", "llava_dial", "--batch_size", "4", "--max_steps", "3", "--epochs", "2", "--eval_fraction", "0.3"]
+    assert "needs --trainable all" in run(folder, *flags, fails=True)
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    log = run(folder, *flags, "--trainable", "all")
+    assert losses(log) and (folder / "out/best/language_model/tokenizer.model").exists()
+    picture = FIXTURES / "tiny-clip/images/palette_p.png"
+    (folder / "ask.json").write_text(json.dumps({"one": [["What is it?", f"'{picture}'"], ["Why?"]]}))
+    done = subprocess.run([sys.executable, "chat.py", str(folder / "out/best"), "--script", str(folder / "ask.json"), "--out",
+                           str(folder / "answers.csv"), "--max_new_tokens", "5"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = (folder / "answers.csv").read_text().splitlines()
+    assert lines[0] == "test_name,image_path,question,answer" and lines[1].startswith(f"one,'{picture}',What is it?,")
+    assert "already holds a run" in run(folder, *flags, "--trainable", "all", fails=True)
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(folder):
+    base = ["--datasets", "llava_dial", "--batch_size", "4"]
+    assert "'lava' is not known; the known ones are llava," in run(folder, "--datasets", "lava", fails=True)
+    assert "is missing: the LLaVA-Instruct-150K files" in run(folder, "--datasets", "llava", fails=True)
+    assert "no multiple of --micro_batch_size 4 x 1" in run(folder, "--datasets", "llava_dial", "--batch_size", "6", fails=True)
+    assert "--samples has 3 values for 1" in run(folder, *base, "--samples", "1", "2", "3", fails=True)
+    assert "holds no model: config.json" in run(folder, *base, "--vision_model", folder / "nowhere", fails=True)
+    assert not list((folder / "out").glob("epoch*")) and not (folder / "out/log.jsonl").exists()
+    no_compiler = run(folder, *base, fails=True, PATH="/nowhere", CXX="no-such-compiler")
+    assert "needs no-such-compiler" in no_compiler and "apt-get install g++" in no_compiler
+
+
+def test_a_broken_picture_stops_both_processes_with_one_sentence(folder):
+    shutil.rmtree(folder / "coco")
+    shutil.copytree(FIXTURES / "tiny-clip/images", folder / "coco/train2017")
+    (folder / "coco/train2017/palette_p.png").write_bytes(b"no picture")
+    message = run(folder, "--datasets", "llava_dial", "--batch_size", "4", "--micro_batch_size", "1", two=True, fails=True)
+    assert "palette_p.png cannot be read: cannot identify" in message
