@@ -90,7 +90,7 @@ class Chat:
         self.shown, self.pending = (self.shown or 0) + len(features), [self.tokenizer.eos]
         one = torch.tensor([[TEXT]], device=self.device)
         for _ in range(min(room, max_new_tokens)):
-            token = pick(logits, temperature, top_p, generator)
+            token = pick(logits[:len(self.tokenizer)], temperature, top_p, generator)
             if token == self.tokenizer.eos:
                 return
             self.pending = [token, self.tokenizer.eos]
@@ -127,13 +127,13 @@ def attachments(line):
         path = word[1:-1] if word[0] in "\"'" else re.sub(r"\\(.)", r"\1", word)
         if path.startswith("file://"):
             path = unquote(urlparse(path).path)
-        path = Path(path).expanduser()
-        if path.suffix.lower() not in endings:
+        if os.path.splitext(path)[1].lower() not in endings:
             return word
-        if not path.is_file():
+        path = os.path.expanduser(path)
+        if not os.path.isfile(path):
             print(f"(no picture {path}: taken as a word)")
             return word
-        pictures.append(str(path))
+        pictures.append(path)
         return ""
 
     rest = re.sub(r"""(?<!\S)(?:"[^"]+"|'[^']+'|(?:\\.|[^\s\\])+)(?!\S)""", take, line)
@@ -149,13 +149,6 @@ def repl(chat, args):
     while True:
         try:
             line = input("\n> ")
-        except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:
-            print("\n(/quit or Ctrl-D leaves)")
-            continue
-        try:
             command, _, rest = line.strip().partition(" ")
             if command == "/quit":
                 return
@@ -168,7 +161,7 @@ def repl(chat, args):
                     load_image(path)
                     attached.append(path)
                 print(f"({len(attached)} pictures attached to the next question)")
-            elif command.startswith("/") and not Path(command).exists():
+            elif re.fullmatch("/[a-z]*", command):
                 print(HELP)
             else:
                 pictures, question = attachments(line)
@@ -181,30 +174,45 @@ def repl(chat, args):
                 for piece in stream(tokens, chat.tokenizer):
                     print(piece, end="", flush=True)
                 print()
-        except (InputError, ValueError) as error:
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print(" (stopped; /quit or Ctrl-D leaves)")
+        except (ValueError, OSError, RuntimeError) as error:  # InputError is a ValueError; no input ends the conversation
             attached = []
             print(f"({error})")
-        except KeyboardInterrupt:
-            print(" (stopped)")
+
+
+def split_paths(pictures):
+    """['a.jpg "b c.jpg"'] or [] -> paths, quoted as a shell would"""
+    try:
+        return [path for text in pictures for path in shlex.split(text)]
+    except ValueError as error:
+        raise InputError(f"pictures {pictures[0]!r}: {error}; quote a path as a shell would") from error
 
 
 def run_script(chat, script, out, args):
     """Answer a JSON file of dialogues, {"name": [["question", "a.jpg 'b c.jpg'"], ["follow-up"]]}, picture paths relative
     to it, to a CSV with the columns test_name, image_path, question, answer; written when whole."""
-    dialogues, rows, script = read_json(script), [], Path(script)
-    if not isinstance(dialogues, dict):
-        raise InputError(f'{script} is no script: {{"name": [["question", "image1.jpg image2.jpg"], ["follow-up"]]}}')
+    dialogues, rows, script, out = read_json(script), [], Path(script), Path(out)
+    if out.is_dir() or not out.parent.is_dir():
+        raise InputError(f"--out {out} cannot be written: name a file in a folder that exists")
+    for name, rounds in dialogues.items():  # all of it is checked before the first answer
+        for turn in rounds if isinstance(rounds, list) else [None]:
+            if not (isinstance(turn, list) and 1 <= len(turn) <= 2 and all(isinstance(part, str) for part in turn)):
+                raise InputError(f'{script}: {name!r} is not a list of ["question"] and ["question", "a.jpg b.jpg"]')
+            for path in split_paths(turn[1:]):
+                if not (script.parent / path).is_file():
+                    raise InputError(f"{script}: {name!r} shows {path}, and there is no picture {script.parent / path}")
     generator = torch.Generator().manual_seed(args.seed)
     for name, rounds in tqdm(dialogues.items(), unit="dialogue"):
         chat.clear()
-        for number, turn in enumerate(rounds, 1):
-            if not (isinstance(turn, list) and 1 <= len(turn) <= 2 and all(isinstance(part, str) for part in turn)):
-                raise InputError(f'{script}: round {number} of {name!r} is not ["question"] or ["question", "pictures"]')
-            pictures = shlex.split(turn[1]) if len(turn) == 2 else []
-            tokens = chat.ask(turn[0], [str(script.parent / path) for path in pictures], args.max_new_tokens,
+        for question, *pictures in rounds:
+            tokens = chat.ask(question, [str(script.parent / path) for path in split_paths(pictures)], args.max_new_tokens,
                               args.temperature, args.top_p, generator)
-            rows.append([name, turn[1] if pictures else "", turn[0], chat.tokenizer.decode(list(tokens))])
-    unfinished = Path(out).with_name(f".{Path(out).name}.unfinished")
+            rows.append([name, *(pictures or [""]), question, chat.tokenizer.decode(list(tokens))])
+    unfinished = out.with_name(f".{out.name}.unfinished")
     with open(unfinished, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["test_name", "image_path", "question", "answer"], *rows])
     os.replace(unfinished, out)
@@ -213,18 +221,20 @@ def run_script(chat, script, out, args):
 
 def main():
     """The command line"""
-    parser = argparse.ArgumentParser(description="Chat about pictures.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Chat about pictures.")
     add = parser.add_argument
-    add("checkpoint", nargs="?", type=Path, default=Path("out/best"), help="a folder that train.py wrote")
-    add("--max_new_tokens", type=int, default=256, help="the longest answer")
-    add("--temperature", type=float, default=0.0, help="0 always takes the most likely token")
-    add("--top_p", type=float, default=1.0, help="with a temperature: draw from the likely tokens that sum to this")
-    add("--seed", type=int, default=1234, help="of the draws")
-    add("--device", help="cpu, cuda:0, ... (default: the best there is)")
-    add("--script", type=Path, metavar="JSON", help="answer the dialogues of this file instead of a person's")
-    add("--out", type=Path, default=Path("answers.csv"), metavar="CSV", help="where the answers to a script go")
+    add("checkpoint", nargs="?", type=Path, default=Path("out/best"), help="a folder that train.py wrote (%(default)s)")
+    add("--max_new_tokens", type=int, default=256, help="the longest answer (%(default)s)")
+    add("--temperature", type=float, default=0.0, help="0 always takes the most likely token (%(default)s)")
+    add("--top_p", type=float, default=1.0, help="with a temperature: draw from the likely tokens that sum to this (%(default)s)")
+    add("--seed", type=int, default=1234, help="of the draws (%(default)s)")
+    add("--device", help="cpu, cuda:0, ... (the best there is)")
+    add("--script", type=Path, metavar="JSON", help="answer the dialogues of this file instead of a person's (none)")
+    add("--out", type=Path, default=Path("answers.csv"), metavar="CSV", help="where the answers to a script go (%(default)s)")
     args = parser.parse_args()
     try:
+        if not (0 <= args.temperature < float("inf") and 0 < args.top_p <= 1):
+            raise InputError("--temperature is a number from 0, --top_p one above 0 and at most 1")
         device, dtype = choose_device(args.device)
         model = VisualChat.from_pretrained(args.checkpoint, dtype, device)
         chat = Chat(model, Tokenizer(args.checkpoint / "language_model" / "tokenizer.model"))

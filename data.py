@@ -52,7 +52,7 @@ class Tokenizer:
 
     def encode(self, text):
         """text -> list of ids; `<s>`, `</s>` and `<image>` in it are ordinary characters"""
-        return self.model.encode(text)
+        return self.model.encode(text.encode("utf-8", "replace").decode())  # a terminal can send half a character
 
     def decode(self, ids):
         """list of ids -> text"""
@@ -150,10 +150,7 @@ def _records(file, source):
     """The list in a JSON file of a data set; InputError that says where to get it if it is missing"""
     if not file.exists():
         raise InputError(f"{file} is missing: {source} belong there")
-    records = read_json(file)
-    if not isinstance(records, list):
-        raise InputError(f"{file} holds no list of records; it should be one of {source}")
-    return records
+    return read_json(file, list)
 
 
 def _clean(text):
@@ -168,8 +165,11 @@ def _llava_conversations(folder, name):
     for index, record in enumerate(_records(file, LLAVA)):
         try:
             picture, messages = str(pictures / record["image"]), record["conversations"]
-            conversations.append([Turn(_clean(human["value"]), gpt["value"], [picture] if "<image>" in human["value"] else [])
-                                  for human, gpt in zip(messages[::2], messages[1::2])])
+            said = [(m["value"], m["from"]) for m in messages]
+            if any(not isinstance(text, str) or who != ("human", "gpt")[n % 2] for n, (text, who) in enumerate(said)):
+                raise InputError(f"{file}: record {index}: the texts of human and gpt should take turns")
+            conversations.append([Turn(_clean(human), gpt, [picture] if "<image>" in human else [])
+                                  for (human, _), (gpt, _) in zip(said[::2], said[1::2])])
         except (KeyError, TypeError) as error:
             raise InputError(f"{file}: record {index} is not that of LLaVA: {error} not found") from error
     if not pictures.is_dir():

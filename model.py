@@ -13,7 +13,7 @@ import os
 import pickle
 import shutil
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mmca import IMAGE, TEXT, attend, image_term, pattern
-from vision import InputError, ViT, ViTConfig, read_json, read_preprocessing
+from vision import InputError, ViT, ViTConfig, check_sizes, read_json, read_preprocessing, read_section
 
 
 def choose_device(device=None, dtype=None):
@@ -32,7 +32,7 @@ def choose_device(device=None, dtype=None):
     try:
         device = torch.device(device or (torch.accelerator.current_accelerator() or "cpu"))
         torch.empty(1, device=device)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
         raise InputError(f"device {device}: {str(error).splitlines()[0]}") from error
     if dtype is None and device.type == "cpu":
         dtype, reason = "float32", "the exact format of a CPU"
@@ -68,7 +68,7 @@ class LlamaConfig:
         """From config.json as transformers 4 and 5 write it. What this file does not compute is refused by name."""
         file = Path(folder) / "config.json"
         config = read_json(file)
-        rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        rope = {**read_section(config, "rope_scaling"), **read_section(config, "rope_parameters")}
         if config.get("model_type", "llama") != "llama":
             raise InputError(f"{file}: model_type {config['model_type']!r} is not supported, only 'llama'")
         plain = {"attention_bias": (None, False), "mlp_bias": (None, False), "hidden_act": (None, "silu"),
@@ -80,12 +80,16 @@ class LlamaConfig:
             raise InputError(f"{file}: not supported by this LLaMA-2: {', '.join(strange)}")
         try:
             heads = config["num_attention_heads"]
-            return cls(config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"], heads,
+            config = cls(config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"], heads,
                        config.get("num_key_value_heads") or heads, config.get("head_dim") or config["hidden_size"] // heads,
                        config["vocab_size"], config.get("max_position_embeddings", 2048), config.get("rms_norm_eps", 1e-6),
                        rope.get("rope_theta", config.get("rope_theta", 10000.0)), config.get("tie_word_embeddings", False))
         except KeyError as error:
             raise InputError(f"{file} is not that of a LLaMA: {error.args[0]} missing") from error
+        except (TypeError, ZeroDivisionError) as error:
+            raise InputError(f"{file}: hidden_size and num_attention_heads must be whole numbers from 1") from error
+        check_sizes(file, config, fields(cls)[:8])
+        return config
 
 
 class RMSNorm(nn.Module):
@@ -302,6 +306,8 @@ class VisualChat(nn.Module):
 
     def __init__(self, vision_model, language_model, attention="mmca", projection="linear"):
         super().__init__()
+        if attention not in ("mmca", "causal", "cross"):
+            raise InputError(f"attention {attention!r} is not known, only mmca, causal and cross")
         self.vision_model, self.language_model = vision_model, language_model
         self.attention, self.projection_kind = attention, projection
         self.projection = make_projection(projection, vision_model.config, language_model.config)
@@ -350,8 +356,9 @@ class VisualChat(nn.Module):
         positions = torch.arange(held, held + input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
         x = self.embed(input_ids, modality, features)                                            # (1, T, D)
         x = self.language_model.model(x, positions, pattern_, cache, self.cross_attention)       # (1, T, D)
-        cache.advance(pattern_)
-        return self.language_model.lm_head(x[0, -1]).float()                                     # (V)
+        logits = self.language_model.lm_head(x[0, -1]).float()                                   # (V)
+        cache.advance(pattern_)  # last: until here an interrupt leaves the cache as it was
+        return logits
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
@@ -378,8 +385,8 @@ class VisualChat(nn.Module):
 
         It is written beside and renamed when whole. tokenizer: the file tokenizer.model, copied to language_model/.
         Under ZeRO-3 every process must call this: each tensor is gathered, and process 0 writes."""
-        folder = Path(folder)
-        work = folder.with_name(f".{folder.name}.unfinished")
+        folder = Path(folder).resolve()
+        work, old = folder.with_name(f".{folder.name}.unfinished"), folder.with_name(f".{folder.name}.old.unfinished")
         language, vision = self.language_model.config, self.vision_model.config
         if is_main():
             shutil.rmtree(work, ignore_errors=True)
@@ -405,8 +412,10 @@ class VisualChat(nn.Module):
         if self.cross_attention is not None:
             save_weights(self.cross_attention, work / "cross_attention.safetensors")
         if is_main():
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                folder.rename(old)
             work.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 # ---- weights in and out --------------------------------------------------------------------------------------------
@@ -451,7 +460,7 @@ def weight_files(folder):
         index = folder / f"{name}.index.json"
         files = [folder / name] if (folder / name).exists() else []
         if index.exists():
-            files = [folder / file for file in sorted(set(read_json(index)["weight_map"].values()))]
+            files = [folder / file for file in sorted(set(read_section(read_json(index), "weight_map").values()))]
             missing = [file.name for file in files if not file.exists()]
             if missing:
                 raise InputError(f"{folder}: {index.name} names {', '.join(missing)}, not found there")
@@ -498,6 +507,8 @@ def _tensors(file):
     try:
         if file.suffix == ".bin":
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            if not isinstance(content, dict):
+                raise InputError(f"weights {file} hold no named tensors")
             yield from ((name, lambda tensor=tensor: tensor) for name, tensor in content.items())
         else:
             with safe_open(file, "pt") as content:

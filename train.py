@@ -31,39 +31,56 @@ from model import Llama, LlamaConfig, VisualChat, choose_device, has_weights, is
 from vision import InputError, ViT, ViTConfig, read_preprocessing
 
 
+def positive(text):
+    """A whole number from 1, for argparse"""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+
+def fraction(text):
+    """A number from 0 to below 1, for argparse"""
+    if not 0 <= float(text) < 1:
+        raise ValueError
+    return float(text)
+
+
 def arguments():
     """The command line; every default is the recipe's"""
-    parser = argparse.ArgumentParser(description="Train a vision-language chat model with DeepSpeed.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(description="Train a vision-language chat model with DeepSpeed.")
+
+    def add(flag, default=None, help="", **options):
+        said = help if default is None else f"{help} (default: %(default)s)"
+        parser.add_argument(flag, default=default, help=said, **options)
+
     add("--language_model", type=Path, required=True, metavar="DIR", help="LLaMA-2 in Hugging Face layout")
     add("--vision_model", type=Path, required=True, metavar="DIR", help="CLIP vision model in Hugging Face layout")
     add("--data_path", type=Path, required=True, metavar="DIR", help="the folder that holds the data sets")
-    add("--datasets", nargs="+", default=["llava", "llava_dial"], metavar="NAME", help="of " + ", ".join(DATASETS))
+    add("--datasets", nargs="+", default=["llava", "llava_dial"], metavar="NAME", help=f"of {', '.join(DATASETS)}")
     add("--samples", nargs="+", default=["all"], metavar="N|all", help="conversations of each set; one value serves all")
-    add("--concatenate", nargs="+", type=int, metavar="N", help="join 1 to N conversations; one value serves all "
+    add("--concatenate", nargs="+", type=positive, metavar="N", help="join 1 to N conversations; one value serves all "
         f"(default: the original's: {', '.join(f'{k} {v}' for k, v in CONCATENATE.items())}, others 1)")
     add("--attention", choices=["mmca", "causal", "cross"], default="mmca", help="the mechanism")
     add("--projection", choices=["linear"], default="linear", help="from features to word vectors")
     add("--trainable", choices=["recipe", "all"], default="recipe", help="recipe: embedding, projection and CrA's layers")
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="where log.jsonl and epoch-N go")
-    add("--overwrite", action="store_true", help="replace the run that --out holds")
-    add("--epochs", type=int, default=6, help="times through the data")
-    add("--max_steps", type=int, help="stop after so many steps")
-    add("--batch_size", type=int, default=128, help="samples of a step, of all processes together")
-    add("--micro_batch_size", type=int, default=4, help="samples at once of one process; accumulation follows")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+    add("--epochs", type=positive, default=6, help="times through the data")
+    add("--max_steps", type=positive, help="stop after so many steps (default: all of them)")
+    add("--batch_size", type=positive, default=128, help="samples of a step, of all processes together")
+    add("--micro_batch_size", type=positive, default=4, help="samples at once of one process; accumulation follows")
     add("--learning_rate", type=float, default=1e-3, help="at its highest")
     add("--embedding_learning_rate", type=float, help="of the word embedding, if another (default: --learning_rate)")
-    add("--warmup", type=float, default=0.1, help="fraction of all steps in which the learning rate rises")
-    add("--max_length", type=int, default=4096, help="tokens of a sample; rounds beyond are left out whole")
-    add("--max_images", type=int, default=8, help="pictures of a sample; rounds beyond are left out whole")
-    add("--eval_fraction", type=float, default=0.1, help="share of the conversations that is held out")
-    add("--workers", type=int, default=2, help="processes that read pictures, for each training process")
+    add("--warmup", type=fraction, default=0.1, help="fraction of all steps in which the learning rate rises")
+    add("--max_length", type=positive, default=4096, help="tokens of a sample; rounds beyond are left out whole")
+    add("--max_images", type=positive, default=8, help="pictures of a sample; rounds beyond are left out whole")
+    add("--eval_fraction", type=fraction, default=0.1, help="share of the conversations that is held out")
+    add("--workers", type=int, choices=range(65), metavar="N", default=2, help="processes that read pictures, for each training process")
     add("--zero_stage", type=int, choices=[0, 1, 2, 3], default=3, help="what ZeRO spreads over the processes")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="number format (default: bfloat16 on GPUs that have "
         "it, float32 on a CPU)")
     add("--seed", type=int, default=1234, help="of every random choice")
-    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it
     return parser.parse_args()
 
 
@@ -96,12 +113,12 @@ def start_distributed(device):
 
 
 def on_main(action):
-    """Run action on process 0 while the others wait; its InputError is everybody's"""
+    """Run action on process 0 while the others wait; that it failed, and why, is everybody's InputError"""
     failed = [None]
     if is_main():
         try:
             action()
-        except InputError as error:
+        except (InputError, OSError) as error:
             failed = [str(error)]
     dist.broadcast_object_list(failed)
     if failed[0]:
@@ -115,15 +132,24 @@ def one_each(values, names, flag):
     return list(values) * (len(names) if len(values) == 1 else 1)
 
 
-def prepare_out(out, overwrite):
-    """Make the folder of the run, empty of an earlier one (process 0 alone)"""
-    earlier = [p for p in out.glob("*") if p.name in ("log.jsonl", "best", "tokenizer.model") or p.name.startswith("epoch-")]
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file; name a folder")
-    if earlier and not overwrite:
-        raise InputError(f"--out {out} already holds a run ({earlier[0].name}); name another folder or add --overwrite")
-    out.mkdir(parents=True, exist_ok=True)
-    for path in earlier + list(out.glob(".*.unfinished")):
+def earlier_run(out):
+    """What an earlier run left in its folder"""
+    return [p for p in out.glob("*") if p.name in ("log.jsonl", "best") or p.name.startswith("epoch-")]
+
+
+def check_out(args):
+    """Make the folder of the run; refuse to replace a run unless asked, and never one that this run reads from"""
+    args.out.mkdir(parents=True, exist_ok=True)
+    if earlier_run(args.out) and not args.overwrite:
+        raise InputError(f"--out {args.out} already holds a run; name another folder or add --overwrite")
+    for folder in (args.language_model, args.vision_model, args.data_path):
+        if args.out.resolve() in folder.resolve().parents:
+            raise InputError(f"{folder} lies in --out {args.out}, which this run would replace; name another folder")
+
+
+def clear_out(out):
+    """Remove an earlier run, once everything that the new one needs has been read"""
+    for path in earlier_run(out) + list(out.glob(".*.unfinished")):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
@@ -175,14 +201,15 @@ def micro_batches(count, args, world, rank):
 
 
 def finish_batch(examples, dummy):
-    """Examples, left-out ones (a number of rounds) and errors -> (batch, rounds left out, error or None). A batch without
-    a picture gets a sample of weight zero: under ZeRO-3 all processes must run the same modules."""
+    """Examples, left-out ones (a number of rounds) and errors -> (batch, its tokens, rounds left out, error or None). A
+    batch without a picture gets a sample of weight zero: under ZeRO-3 all processes must run the same modules."""
     errors = [e for e in examples if isinstance(e, InputError)]
     whole = [e for e in examples if not isinstance(e, (InputError, int))]
     left_out = sum(e for e in examples if isinstance(e, int)) + sum(e.left_out for e in whole)
+    tokens = sum(len(example.input_ids) for example in whole)
     if not any(example.images for example in whole):
         whole.append(dummy)
-    return collate(whole), left_out, errors[0] if errors else None
+    return collate(whole), tokens, left_out, errors[0] if errors else None
 
 
 def batches(conversations, model, tokenizer, args):
@@ -204,8 +231,7 @@ def next_step(loader, accumulation, device):
     errors = [error for *_, error in parts if error]
     batch = [{name: value.to(device) for name, value in part.items()} for part, *_ in parts]
     counts = torch.tensor([sum(int((b["labels"] != -100).sum()) for b in batch),
-                           sum(int((b["modality"] != 0).sum()) for b in batch),
-                           sum(left_out for _, left_out, _ in parts), len(errors)], dtype=torch.long, device=device)
+                           *(sum(column) for column in list(zip(*parts))[1:3]), len(errors)], dtype=torch.long, device=device)
     dist.all_reduce(counts)
     trained, tokens, left_out, bad = counts.tolist()
     if bad:  # every process learns of it, and none waits for another
@@ -218,7 +244,7 @@ def next_step(loader, accumulation, device):
 @torch.no_grad()
 def evaluate(engine, loader, accumulation, device):
     """Held-out conversations -> mean loss of a trained token; share of answers whose every token, end token too, is the
-    model's first choice: exact match under greedy decoding, without generating"""
+    model's first choice: exact match under greedy decoding, without generating. None if nothing is held out"""
     engine.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, tokens, exact answers, answers
     while step := next_step(loader, accumulation, device):
@@ -234,7 +260,7 @@ def evaluate(engine, loader, accumulation, device):
     dist.all_reduce(sums)
     engine.train()
     loss, tokens, exact, answers = sums.tolist()
-    return loss / max(tokens, 1), exact / max(answers, 1)
+    return (loss / tokens, exact / answers) if answers else None
 
 
 def train(args):
@@ -245,8 +271,8 @@ def train(args):
         raise InputError("--dtype float16: DeepSpeed has none on a CPU; take bfloat16 or float32")
     factors = one_each(args.concatenate or [CONCATENATE.get(name, 1) for name in args.datasets], args.datasets, "--concatenate")
     amounts = one_each(args.samples, args.datasets, "--samples")
-    if any(n != "all" and not (n.isdigit() and int(n)) for n in amounts) or min(factors) < 1:
-        raise InputError("--samples takes numbers from 1 or the word all, --concatenate numbers from 1")
+    if any(n != "all" and not (n.isdecimal() and int(n)) for n in amounts):
+        raise InputError("--samples takes numbers from 1 or the word all")
     sets = [read_dataset(name, args.data_path, None if n == "all" else int(n), args.seed)
             for name, n in zip(args.datasets, amounts)]
 
@@ -257,7 +283,7 @@ def train(args):
     if rest or not accumulation:
         raise InputError(f"--batch_size {args.batch_size} is no multiple of --micro_batch_size {args.micro_batch_size} x "
                          f"{world} processes")
-    on_main(lambda: prepare_out(args.out, args.overwrite))
+    on_main(lambda: check_out(args))
 
     # data
     split = [hold_out(conversations, args.eval_fraction, f"{args.seed} {name}") for name, conversations in zip(args.datasets, sets)]
@@ -271,6 +297,7 @@ def train(args):
 
     # model
     model, tokenizer = make_model(args, [c for part in training for c in part], device, dtype)
+    on_main(lambda: clear_out(args.out))
     embedding = model.language_model.model.embed_tokens.weight
     groups = [{"params": [p for p in model.parameters() if p.requires_grad and p is not embedding]},
               {"params": [embedding], "lr": args.embedding_learning_rate or args.learning_rate}]
@@ -323,13 +350,14 @@ def train(args):
                   tokens_per_second=round(tokens / seconds, 1), seconds=round(seconds, 4))
             bar.update()
             bar.set_postfix_str(f"loss {loss:.4f}, learning rate {rate:.2e}, {tokens / seconds:.0f} tokens/s")
-        if held_out:
-            eval_loss, exact = evaluate(engine, iter(batches(held_out, model, tokenizer, args)), accumulation, device)
+        result = evaluate(engine, iter(batches(held_out, model, tokenizer, args)), accumulation, device)
+        if result:
+            eval_loss, exact = result
             write(step=step, epoch=epoch + 1, eval_loss=eval_loss, eval_exact=exact)
             bar.write(f"epoch {epoch + 1}: held-out loss {eval_loss:.4f}, exact match {exact:.2%}")
         engine.module.save_pretrained(args.out / f"epoch-{epoch + 1}", tokenizer.file)
-        if is_main() and (not held_out or eval_loss < best):
-            best = eval_loss if held_out else best
+        if is_main() and not (result and eval_loss >= best):
+            best = eval_loss if result else best
             link = args.out / ".best.unfinished"
             link.symlink_to(f"epoch-{epoch + 1}")
             link.replace(args.out / "best")

@@ -8,6 +8,7 @@ Not here: the projection into the language model, and the reading of weights (mo
 Shapes: N images, S pixels a side, P tokens of an image (patches and the class token), Dv width, H heads, d head width.
 """
 import json
+import struct
 import warnings
 from dataclasses import dataclass, fields
 from io import BytesIO
@@ -24,14 +25,34 @@ class InputError(ValueError):
     """What the user gave cannot be used. The message names the thing and the remedy; the programs print it and exit with 2."""
 
 
-def read_json(path):
-    """The content of a JSON file; InputError with the position where it is broken, or with the name if it is missing."""
+def read_json(path, kind=dict):
+    """The content of a JSON file, an object or, with kind=list, a list; InputError with the name of the file and the
+    position where it is broken."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(content, kind):
+            return content
+        raise InputError(f"{path} holds no JSON {'object' if kind is dict else 'list'}")
     except json.JSONDecodeError as error:
         raise InputError(f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_section(config, name):
+    """A part of a config.json that is itself an object, {} if it is not there"""
+    section = config.get(name) or {}
+    if not isinstance(section, dict):
+        raise InputError(f"config.json: {name} is {section!r}, not an object")
+    return section
+
+
+def check_sizes(file, config, sizes):
+    """InputError unless each of these fields is a whole number from 1"""
+    for name in (size.name for size in sizes):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{file}: {name} is {value!r}, not a whole number from 1")
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------
@@ -65,7 +86,8 @@ def load_image(path):
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
                 return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, NotImplementedError, Image.DecompressionBombError,
+            Image.DecompressionBombWarning) as error:
         name = f"{file}, bytes {offset} to {offset + length}" if isinstance(path, BytesIO) else path
         raise InputError(f"picture {name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
@@ -73,8 +95,14 @@ def load_image(path):
 def read_preprocessing(folder, image_size):
     """preprocessor_config.json of a folder as a dict, or CLIP's own for pictures of image_size where there is none."""
     file = Path(folder) / "preprocessor_config.json"
-    config = read_json(file) if file.exists() else CLIP_PREPROCESSING
-    return {"size": image_size, "crop_size": image_size, **config}
+    config = {"size": image_size, "crop_size": image_size, **CLIP_PREPROCESSING, **(read_json(file) if file.exists() else {})}
+    try:
+        made = preprocess(Image.new("RGB", (image_size, image_size)), config).shape
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{file} cannot be used: {error}") from error
+    if made != (3, image_size, image_size):
+        raise InputError(f"{file} makes pictures of {tuple(made)}, the vision model takes (3, {image_size}, {image_size})")
+    return config
 
 
 def preprocess(image, config):
@@ -126,13 +154,14 @@ class ViTConfig:
         """From the config.json of a CLIPVisionModel or, under vision_config, of a whole CLIPModel."""
         file = Path(folder) / "config.json"
         config = read_json(file)
-        config = config.get("vision_config") or config
+        config = read_section(config, "vision_config") or config
         config = {"image_size": 224, "patch_size": 32, **config}  # the defaults that transformers leaves out
         known = {f.name for f in fields(cls)} - {"feature_layer", "class_token"}
         missing = [f.name for f in fields(cls)[:6] if f.name not in config]
         if missing:
             raise InputError(f"{file} is not that of a CLIP vision model: {', '.join(missing)} missing")
         config = cls(**{k: v for k, v in config.items() if k in known})
+        check_sizes(file, config, fields(cls)[:6])
         if config.hidden_act not in ACTIVATIONS:
             raise InputError(f"{file}: hidden_act {config.hidden_act!r} is not supported, only {', '.join(ACTIVATIONS)}")
         return config

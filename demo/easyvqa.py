@@ -15,6 +15,8 @@ and the official test part (1,000 pictures, 9,673 questions) becomes
 
     test.json                                 a script for chat.py: every question alone with its picture
     test_answers.csv                          the answers, in the same order
+
+    python demo/easyvqa.py score data/easyvqa/test_answers.csv answers.csv      exact match of the answers that chat.py gave
 """
 import csv
 import io
@@ -73,7 +75,24 @@ def main(wheel, out):
     print(f"{len(train)} pictures x {len(WAYS)} to train on, {len(answers)} test questions in {out}")
 
 
+def score(expected, answers):
+    """Print the share of questions whose answer is exactly the expected one, whole and by kind of answer"""
+    expected, answers = ({row["test_name"]: row["answer"] for row in csv.DictReader(open(file, newline=""))}
+                         for file in (expected, answers))
+    right = {}
+    for name, answer in expected.items():
+        kind = answer if answer in ("yes", "no") else "shape" if answer in ("circle", "rectangle", "triangle") else "colour"
+        right.setdefault(kind, []).append(answers.get(name) == answer)
+    for kind, marks in sorted(right.items()):
+        print(f"{kind:<8}{sum(marks):5} of {len(marks):5}  {sum(marks) / len(marks):.2%}")
+    marks = [mark for marks in right.values() for mark in marks]
+    print(f"{'all':<8}{sum(marks):5} of {len(marks):5}  {sum(marks) / len(marks):.2%}")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) == 4 and sys.argv[1] == "score":
+        score(*sys.argv[2:])
+    elif len(sys.argv) == 3:
+        main(*sys.argv[1:])
+    else:
         sys.exit(__doc__)
-    main(*sys.argv[1:])

@@ -149,7 +149,8 @@ def talk_through(lines, monkeypatch, capsys):
 
 def test_nothing_typed_ends_the_conversation(monkeypatch, capsys):
     lines = [f"{PICTURES[0]} what is it?", "/image nowhere.png", f"/image {PICTURES[1]}", "", "and this?", "/image 'unclosed",
-             "/unknown", "\x1b[A\x00", "/clear", "hello", "/quit", "never read"]
+             "/unknown", "\x1b[A\x00", "~nobody.png about ~100 people?",
+             "x" * 5000 + ".png", "half a character: \udcff", "/" + "y" * 5000, "/clear", "hello", "/quit", "never read"]
     talk, out = talk_through(lines, monkeypatch, capsys)
     assert "nowhere.png cannot be read" in out and "No closing quotation" in out and "a new conversation" in out
     assert talk.shown == 0 and talk.cache.images == 0
@@ -170,7 +171,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(monkeypatch, capsys)
         return step
     monkeypatch.setattr(chat_module, "pick", interrupted)
     talk, out = talk_through(["what?", "again?"], monkeypatch, capsys)
-    assert "(stopped)" in out
+    assert "(stopped" in out
     expected = encode([Turn("what?", None)], TOKENIZER, 17).input_ids.tolist() + [5, 7, 2]
     expected += encode([Turn("again?", None)], TOKENIZER, 17, shown=0).input_ids.tolist()
     assert talk.cache.length == len(expected)
@@ -188,7 +189,7 @@ def test_scripts_write_the_csv_of_the_original(tmp_path):
     talk = Chat(tiny_model(), TOKENIZER)
     assert rows[1][3] == TOKENIZER.decode(list(talk.ask("What?", [tmp_path / "pictures/alpha_rgba.png", tmp_path / "b c.png"], 6)))
     (tmp_path / "bad.json").write_text(json.dumps({"one": [["What?", "nowhere.png"]]}))
-    with pytest.raises(InputError, match="nowhere.png cannot be read"):
+    with pytest.raises(InputError, match="there is no picture .*nowhere.png"):
         run_script(talk, tmp_path / "bad.json", tmp_path / "b.csv", ARGS)
     assert not (tmp_path / "b.csv").exists()
 

@@ -121,6 +121,10 @@ def test_what_is_missing_is_named(tmp_path):
     file.write_text('[{"id": 0, "image": "a.png", "conversations": []}, {"id": 1, "conversations": []}]')
     with pytest.raises(InputError, match="record 1 .* 'image' not found"):
         read_dataset("llava_dial", folder, None, 0)
+    for said in ({"from": "gpt", "value": "first"}, {"from": "human", "value": None}):
+        file.write_text(json.dumps([{"image": "a.png", "conversations": [said]}]))
+        with pytest.raises(InputError, match="record 0: the texts of human and gpt should take turns"):
+            read_dataset("llava_dial", folder, None, 0)
     file.write_text("[1, 2")
     with pytest.raises(InputError, match="not valid JSON: .* at line 1"):
         read_dataset("llava_dial", folder, None, 0)

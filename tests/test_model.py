@@ -50,7 +50,8 @@ def test_configuration_of_an_old_file_without_later_fields(tmp_path):
 @pytest.mark.parametrize("change, name", [({"rope_scaling": {"type": "linear", "factor": 2}}, "linear"),
                                           ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "llama3"),
                                           ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
-                                          ({"hidden_act": "gelu"}, "hidden_act"), ({"model_type": "mistral"}, "mistral")])
+                                          ({"hidden_act": "gelu"}, "hidden_act"), ({"hidden_size": "64"}, "hidden_size"), ({"num_hidden_layers": 0}, "num_hidden_layers"),
+                                          ({"rope_scaling": [1]}, "rope_scaling"), ({"model_type": "mistral"}, "mistral")])
 def test_what_is_not_supported_is_refused_by_name(tmp_path, change, name):
     config = json.loads((FIXTURES / "tiny-llama/config.transformers4.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))

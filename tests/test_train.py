@@ -20,7 +20,7 @@ def run(folder, *flags, two=False, fails=False, script="train.py", **environment
     command = [*LAUNCHER, script] if two else [sys.executable, script]
     command += ["--language_model", folder / "llama", "--vision_model", FIXTURES / "tiny-clip", "--data_path", folder,
                 "--out", folder / "out", "--workers", "1", *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} | environment
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
     if fails:
         assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout, done.stdout + done.stderr
@@ -116,6 +116,12 @@ def test_bad_input_is_one_sentence_and_exit_code_2(folder):
     assert "--samples has 3 values for 1" in run(folder, *base, "--samples", "1", "2", "3", fails=True)
     assert "holds no model: config.json" in run(folder, *base, "--vision_model", folder / "nowhere", fails=True)
     assert not list((folder / "out").glob("epoch*")) and not (folder / "out/log.jsonl").exists()
+    model = folder / "out/best"
+    model.mkdir()
+    assert "already holds a run" in run(folder, *base, fails=True)
+    assert "lies in --out" in run(folder, *base, "--overwrite", "--data_path", model, fails=True) and model.exists()
+    assert "holds no model" in run(folder, *base, "--overwrite", "--vision_model", folder, fails=True) and model.exists()
+    model.rmdir()
     no_compiler = run(folder, *base, fails=True, PATH="/nowhere", CXX="no-such-compiler")
     assert "needs no-such-compiler" in no_compiler and "apt-get install g++" in no_compiler
 

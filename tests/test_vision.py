@@ -95,5 +95,8 @@ def test_what_is_no_clip_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"broken": ')
     with pytest.raises(InputError, match="line 1, column 12"):
         ViTConfig.read(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"size": 64, "crop_size": 64}')
+    with pytest.raises(InputError, match=r"makes pictures of \(3, 64, 64\), the vision model takes \(3, 56, 56\)"):
+        read_preprocessing(tmp_path, 56)
     with pytest.raises(InputError, match=r"takes pictures \(3, 56, 56\), not \(3, 64, 64\)"):
         load_vit(CLIP)(torch.zeros(1, 3, 64, 64))
