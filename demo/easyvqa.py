@@ -6,10 +6,11 @@
 
 The train part (4,000 pictures of 64 x 64, 38,575 questions, 13 answers) becomes, below data/easyvqa,
 
-    coco/train2017/000000000000.png ...       each picture in the eight ways that a square can be turned and mirrored
-    llava/conversation_58k.json               (no question is about places): one conversation each, a round a question
-    llava/detail_23k.json                     one sample a picture as published: its first question
+    coco/train2017/000000000000.png ...       each picture as published, and seven times with its shape moved to another place
+                                              and every other time mirrored: no question is about places
+    llava/detail_23k.json                     a description of each of these, put together from the published answers
     llava/complex_reasoning_77k.json          one sample a picture as published: its last question
+    llava/conversation_58k.json               every question about each of these, a round each
 
 and the official test part (1,000 pictures, 9,673 questions) becomes
 
@@ -21,13 +22,16 @@ and the official test part (1,000 pictures, 9,673 questions) becomes
 import csv
 import io
 import json
+import random
 import sys
 import zipfile
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageChops, ImageOps
 
-WAYS = [None, *(Image.Transpose(n) for n in range(7))]  # as it is, mirrored, turned
+VARIANTS = 8
+COLOURS = "black", "blue", "brown", "gray", "green", "red", "teal", "yellow"
+SHAPES = "circle", "rectangle", "triangle"
 
 
 def questions_of(archive, part):
@@ -47,6 +51,25 @@ def record(name, rounds):
     return {"id": name[:-4], "image": name, "conversations": turns}
 
 
+def description(rounds):
+    """"a red circle": what the answers about a picture say of its only shape, or None if they do not say enough"""
+    said = set()
+    for question, answer in rounds:
+        words = question.rstrip("?").split()
+        said.update({answer} | set(words) if words[0] == "what" else words if (answer == "no") == bool({"no", "not"} & set(words)) else ())
+    colour, shape = said & set(COLOURS), said & set(SHAPES)
+    return f"a {colour.pop()} {shape.pop()}" if len(colour) == len(shape) == 1 else None
+
+
+def moved(picture, rng):
+    """The picture with its shape at another place; its background is of one colour"""
+    background = Image.new("RGB", picture.size, max(picture.getcolors(picture.width * picture.height))[1])
+    left, top, right, bottom = ImageChops.difference(picture, background).getbbox()
+    shape = picture.crop((left, top, right, bottom))
+    background.paste(shape, (rng.randint(0, picture.width - shape.width), rng.randint(0, picture.height - shape.height)))
+    return background
+
+
 def main(wheel, out):
     """Write the files that the head of this file lists"""
     out, archive = Path(out), zipfile.ZipFile(wheel)
@@ -54,12 +77,13 @@ def main(wheel, out):
         (out / folder).mkdir(parents=True, exist_ok=True)
     train, files = questions_of(archive, "train"), {"detail_23k": [], "complex_reasoning_77k": [], "conversation_58k": []}
     for image, rounds in train.items():
-        picture = Image.open(io.BytesIO(archive.read(f"easy_vqa/data/train/images/{image}.png")))
-        for n, way in enumerate(WAYS):
-            name = f"{n}{image:011d}.png"
-            (picture if way is None else picture.transpose(way)).save(out / "coco/train2017" / name)
+        picture = Image.open(io.BytesIO(archive.read(f"easy_vqa/data/train/images/{image}.png"))).convert("RGB")
+        for n in range(VARIANTS):
+            name, variant = f"{n}{image:011d}.png", moved(picture, random.Random(f"{image} {n}")) if n else picture
+            (ImageOps.mirror(variant) if n % 2 else variant).save(out / "coco/train2017" / name)
             files["conversation_58k"].append(record(name, rounds))
-        files["detail_23k"].append(record(f"0{image:011d}.png", rounds[:1]))
+            if description(rounds):
+                files["detail_23k"].append(record(name, [("what does the image show?", description(rounds))]))
         files["complex_reasoning_77k"].append(record(f"0{image:011d}.png", rounds[-1:]))
     for name, records in files.items():
         (out / "llava" / f"{name}.json").write_text(json.dumps(records))
@@ -72,7 +96,7 @@ def main(wheel, out):
     (out / "test.json").write_text(json.dumps(script))
     with open(out / "test_answers.csv", "w", newline="") as file:
         csv.writer(file).writerows([["test_name", "answer"], *answers])
-    print(f"{len(train)} pictures x {len(WAYS)} to train on, {len(answers)} test questions in {out}")
+    print(f"{len(train)} pictures x {VARIANTS} to train on, {len(answers)} test questions in {out}")
 
 
 def score(expected, answers):
