@@ -1,7 +1,7 @@
 """A conversation at the terminal.
 
-This file explains inference: a conversation whose keys and values stay in one cache, so that each round computes only its
-new tokens; pictures that are encoded once; greedy decoding and sampling; answers that appear while they are
+This file explains inference: a conversation whose keys and values stay in one cache, so that each round computes only
+its new tokens; pictures that are encoded once; greedy decoding and sampling; answers that appear while they are
 made. The REPL and the script runner stand on top of it. Not here: the model (model.py), the template (data.py).
 
     python chat.py                                       the checkpoint in out/best
@@ -61,11 +61,12 @@ class Chat:
     def clear(self):
         """Begin a new conversation; pictures that were encoded stay known"""
         self.cache.texts = self.cache.images = 0
-        self.shown, self.pending = None, []  # pictures shown so far (None: nothing said yet), ids the cache has not read yet
+        self.shown = None  # pictures shown so far; None: nothing has been said
+        self.pending = []  # ids of the conversation that the cache has still to read
 
     def look_at(self, path):
         """A picture file -> projected features (P, D), computed at its first use only"""
-        pixels = preprocess(load_image(path), self.model.preprocessing)                          # (3, S, S)
+        pixels = preprocess(load_image(path), self.model.preprocessing)                      # (3, S, S)
         key = hashlib.sha1(pixels.numpy().tobytes()).digest()
         if key not in self.features:
             with torch.inference_mode():
@@ -84,8 +85,8 @@ class Chat:
         modality = torch.tensor([[TEXT] * len(self.pending) + example.modality.tolist()], device=self.device)  # (1, T)
         room = self.config.max_position_embeddings - self.cache.length - ids.shape[1] - 1
         if room < 1:
-            raise InputError(f"the conversation is full: {self.cache.length} of {self.config.max_position_embeddings} tokens "
-                             f"are used, and this round needs {ids.shape[1]}; /clear begins a new one")
+            raise InputError(f"the conversation is full: {self.cache.length} of {self.config.max_position_embeddings} "
+                             f"tokens are used, and this round needs {ids.shape[1]}; /clear begins a new one")
         logits = self.model.read(ids, modality, self.cache, torch.stack(features) if features else None)  # (V)
         self.shown, self.pending = (self.shown or 0) + len(features), [self.tokenizer.eos]
         one = torch.tensor([[TEXT]], device=self.device)
@@ -119,7 +120,8 @@ def _printable(text):
 
 
 def attachments(line):
-    """A line -> (the pictures that words of it name, the line without them). A word may be quoted, hold "\\ ", or be file://"""
+    """A line -> (the pictures that words of it name, the line without them). A word may be quoted, hold "\\ " or be a
+    file:// address."""
     endings, pictures = Image.registered_extensions(), []
 
     def take(match):
@@ -179,7 +181,7 @@ def repl(chat, args):
             return
         except KeyboardInterrupt:
             print(" (stopped; /quit or Ctrl-D leaves)")
-        except (ValueError, OSError, RuntimeError) as error:  # InputError is a ValueError; no input ends the conversation
+        except (ValueError, OSError, RuntimeError) as error:  # InputError is a ValueError
             attached = []
             print(f"({error})")
 
@@ -193,8 +195,8 @@ def split_paths(pictures):
 
 
 def run_script(chat, script, out, args):
-    """Answer a JSON file of dialogues, {"name": [["question", "a.jpg 'b c.jpg'"], ["follow-up"]]}, picture paths relative
-    to it, to a CSV with the columns test_name, image_path, question, answer; written when whole."""
+    """Answer a JSON file of dialogues, {"name": [["question", "a.jpg 'b c.jpg'"], ["follow-up"]]}, picture paths
+    relative to it, to a CSV with the columns test_name, image_path, question, answer; written when whole."""
     dialogues, rows, script, out = read_json(script), [], Path(script), Path(out)
     if out.is_dir() or not out.parent.is_dir():
         raise InputError(f"--out {out} cannot be written: name a file in a folder that exists")
@@ -209,8 +211,8 @@ def run_script(chat, script, out, args):
     for name, rounds in tqdm(dialogues.items(), unit="dialogue"):
         chat.clear()
         for question, *pictures in rounds:
-            tokens = chat.ask(question, [str(script.parent / path) for path in split_paths(pictures)], args.max_new_tokens,
-                              args.temperature, args.top_p, generator)
+            paths = [str(script.parent / path) for path in split_paths(pictures)]
+            tokens = chat.ask(question, paths, args.max_new_tokens, args.temperature, args.top_p, generator)
             rows.append([name, *(pictures or [""]), question, chat.tokenizer.decode(list(tokens))])
     unfinished = out.with_name(f".{out.name}.unfinished")
     with open(unfinished, "w", newline="", encoding="utf-8") as file:
@@ -226,11 +228,11 @@ def main():
     add("checkpoint", nargs="?", type=Path, default=Path("out/best"), help="a folder that train.py wrote (%(default)s)")
     add("--max_new_tokens", type=int, default=256, help="the longest answer (%(default)s)")
     add("--temperature", type=float, default=0.0, help="0 always takes the most likely token (%(default)s)")
-    add("--top_p", type=float, default=1.0, help="with a temperature: draw from the likely tokens that sum to this (%(default)s)")
+    add("--top_p", type=float, default=1.0, help="draw from the likeliest tokens that sum to this (%(default)s)")
     add("--seed", type=int, default=1234, help="of the draws (%(default)s)")
     add("--device", help="cpu, cuda:0, ... (the best there is)")
     add("--script", type=Path, metavar="JSON", help="answer the dialogues of this file instead of a person's (none)")
-    add("--out", type=Path, default=Path("answers.csv"), metavar="CSV", help="where the answers to a script go (%(default)s)")
+    add("--out", type=Path, default=Path("answers.csv"), metavar="CSV", help="where its answers go (%(default)s)")
     args = parser.parse_args()
     try:
         if not (0 <= args.temperature < float("inf") and 0 < args.top_p <= 1):

@@ -1,9 +1,9 @@
 """Conversations: template, tokens, data sets, concatenation, batches.
 
-This file explains how a conversation about pictures becomes numbers: the template (section 6 of the DeepSpeed-VisualChat
-post), tokens, labels and modality side by side (`encode`), readers of published data sets (`DATASETS`), how single pictures
-become multi-picture, multi-round samples (section 4.1, `concatenate`), and batches (`collate`). Not here: how a
-picture is opened (vision.py), what the model does with the batch (model.py).
+This file explains how a conversation about pictures becomes numbers: the template (the DeepSpeed-VisualChat post,
+section 6), tokens, labels and modality side by side (`encode`), readers of published data sets (`DATASETS`), how
+single pictures become multi-picture, multi-round samples (section 4.1, `concatenate`), and batches (`collate`). Not
+here: how a picture is opened (vision.py), what the model does with the batch (model.py).
 
 Shapes: B batch, T tokens, N images in the batch, P tokens of an image, S pixels a side.
 """
@@ -75,7 +75,8 @@ class Tokenizer:
         except RuntimeError as error:  # what it says when the text holds too little for the size asked for
             fits = re.search(r"smaller value than (\d+)|<= (\d+)", str(error))
             if not fits:
-                raise InputError(f"no tokenizer can be learned from this data: {str(error).splitlines()[-1]}") from error
+                reason = str(error).splitlines()[-1]
+                raise InputError(f"no tokenizer can be learned from this data: {reason}") from error
             learn(int(fits[1] or fits[2]))
         Path(file).write_bytes(model.getvalue())
         return cls(file)
@@ -86,7 +87,7 @@ def _headings(number):
 
 
 def _quote(text):
-    """A line of a text that begins like a heading of the template is indented by a blank: text can never become markup."""
+    """Text can never become markup: a line of it that begins like a heading of the template is indented by a blank."""
     return re.sub("^###", " ###", text, flags=re.MULTILINE)
 
 
@@ -105,7 +106,7 @@ class Example:
 def encode(conversation, tokenizer, image_tokens, shown=None, max_length=None, max_images=None):
     """A list of Turn -> Example. The template, one piece after the other (the post, section 6):
 
-        <s> system | blank line, "### Image 1:" | P image positions | "### Question:" | question | "### Answer:" | answer </s>
+        <s> system | "### Image 1:" | P image positions | "### Question:" | question | "### Answer:" | answer </s>
 
     Every piece is tokenized by itself and never joined with another as text, so that nothing written in a question can
     become markup. labels[t] is input_ids[t] in answers and their `</s>`, -100 elsewhere; input_ids is 0 at images.
@@ -159,7 +160,7 @@ def _clean(text):
 
 
 def _llava_conversations(folder, name):
-    """One conversation for each record of folder/llava/NAME: human and gpt in turn, the picture where its marker stands."""
+    """One conversation for each record of folder/llava/NAME: human and gpt in turn, the picture where its marker is."""
     file, pictures = folder / "llava" / name, folder / "coco" / "train2017"
     conversations = []
     for index, record in enumerate(_records(file, LLAVA)):
@@ -204,27 +205,28 @@ def read_dataset(name, folder, samples, seed):
 
 def hold_out(conversations, fraction, seed):
     """Split off a share of the conversations for evaluation, by seed -> (training, held out), each in its order."""
-    chosen = set(random.Random(f"hold out {seed}").sample(range(len(conversations)), round(fraction * len(conversations))))
+    count = len(conversations)
+    chosen = set(random.Random(f"hold out {seed}").sample(range(count), round(fraction * count)))
     return ([c for i, c in enumerate(conversations) if i not in chosen],
             [c for i, c in enumerate(conversations) if i in chosen])
 
 
 def concatenate(conversations, factor, rng):
-    """Simple concatenation (the post, 4.1): shuffle, and join groups of 1 to `factor` conversations, sizes drawn uniformly.
+    """Simple concatenation (the post, 4.1): shuffle, and join groups of 1 to `factor`, their sizes drawn uniformly.
 
-    Every conversation is used once. rng: a random.Random. Returns a list of conversations; `encode` numbers their pictures."""
-    order, groups = rng.sample(conversations, len(conversations)), []
-    while order:
-        size = rng.randint(1, factor)
-        groups.append([turn for conversation in order[:size] for turn in conversation])
-        del order[:size]
+    Every conversation is used once. rng: a random.Random. Returns conversations; `encode` numbers their pictures."""
+    order, groups, start = rng.sample(conversations, len(conversations)), [], 0
+    while start < len(order):
+        stop = start + rng.randint(1, factor)
+        groups.append([turn for conversation in order[start:stop] for turn in conversation])
+        start = stop
     return groups
 
 
 def epoch_samples(sets, factors, seed, epoch):
     """All samples of one epoch, grouped and shuffled anew by (seed, epoch). sets: a list of lists of conversations."""
     rng = random.Random(f"epoch {seed} {epoch}")
-    samples = [group for conversations, factor in zip(sets, factors) for group in concatenate(conversations, factor, rng)]
+    samples = [group for part, factor in zip(sets, factors) for group in concatenate(part, factor, rng)]
     rng.shuffle(samples)
     return samples
 
@@ -244,7 +246,8 @@ class Samples(torch.utils.data.Dataset):
         return len(self.conversations)
 
     def __getitem__(self, index):
-        example = encode(self.conversations[index], self.tokenizer, self.image_tokens, None, self.max_length, self.max_images)
+        example = encode(self.conversations[index], self.tokenizer, self.image_tokens,
+                         max_length=self.max_length, max_images=self.max_images)
         if (example.labels == -100).all():
             return example.left_out
         try:
@@ -262,7 +265,7 @@ def collate(examples):
     length = max(len(example.input_ids) for example in examples)
 
     def pad(name, filler):
-        rows = torch.full((len(examples), length), filler)                                       # (B, T)
+        rows = torch.full((len(examples), length), filler)                                   # (B, T)
         for row, example in zip(rows, examples):
             row[:len(example.input_ids)] = getattr(example, name)
         return rows

@@ -1,10 +1,10 @@
 """Who attends to whom, with how many softmaxes.
 
-This file explains multi-modal causal attention (MMCA): section 3 and figure 2 of the DeepSpeed-VisualChat post, section 3
-of the paper (arXiv:2309.14327). Beside it stand the two mechanisms that it is compared with: causal attention (CA)
-and cross attention with causal attention (CrA). `attend_explicit` is the formula word for word; `attend` gives the same
-numbers without ever building a T x T matrix of floats. Not here: the projections to queries, keys and values, rotary
-positions and the cache (model.py).
+This file explains multi-modal causal attention (MMCA): section 3 and figure 2 of the DeepSpeed-VisualChat post, section
+3 of the paper (arXiv:2309.14327). Beside it stand the two mechanisms that it is compared with: causal attention (CA)
+and cross attention with causal attention (CrA). `attend_explicit` is the formula word for word; `attend` gives the
+same numbers without ever building a T x T matrix of floats. Not here: the projections to queries, keys and values,
+rotary positions and the cache (model.py).
 
     python mmca.py                             draws figure 2
     python mmca.py "text text <image> text"    draws M for a sequence of your own
@@ -30,32 +30,31 @@ def attention_matrix(query_modality, key_modality, kind="mmca"):
     _check(query_modality, key_modality, kind)
     Tq, Tk = query_modality.shape[1], key_modality.shape[1]
     key = torch.arange(Tk, device=key_modality.device)
-    query = key[Tk - Tq:, None]                                                                  # (Tq, 1)
-    q, k = query_modality[:, :, None], key_modality[:, None, :]                                  # (B, Tq, 1), (B, 1, Tk)
-    past = (key <= query) & (q != PAD) & (k != PAD)                                              # (B, Tq, Tk)
+    query = key[Tk - Tq:, None]                                                              # (Tq, 1)
+    q, k = query_modality[:, :, None], key_modality[:, None, :]                              # (B, Tq, 1), (B, 1, Tk)
+    past = (key <= query) & (q != PAD) & (k != PAD)                                          # (B, Tq, Tk)
     if kind == "causal":
-        return past.long()                                                                       # (B, Tq, Tk)
-    first = past & ((q == TEXT) & (k == TEXT) | (q == IMAGE) & (key == query))                   # (B, Tq, Tk)
-    second = past & (q == TEXT) & (k == IMAGE)                                                   # (B, Tq, Tk)
-    return first + 2 * second                                                                    # (B, Tq, Tk)
+        return past.long()                                                                   # (B, Tq, Tk)
+    first = past & ((q == TEXT) & (k == TEXT) | (q == IMAGE) & (key == query))               # (B, Tq, Tk)
+    second = past & (q == TEXT) & (k == IMAGE)                                               # (B, Tq, Tk)
+    return first + 2 * second                                                                # (B, Tq, Tk)
 
 
 def attend_explicit(q, k, v, M):
     """(softmax(QK' . M1) + softmax(QK' . M2)) V with M1 = [M == 1], M2 = [M == 2]: the formula, word for word.
 
-    "." removes an entry before the softmax; a row that has none left gets zero from that term. The two terms are summed,
+    "." removes an entry before the softmax; a row that has none left gets zero from that term. The terms are summed,
     not averaged: a text row that sees pictures has a total weight of 2. q (B, H, Tq, d), k and v (B, K, Tk, d),
-    M (B, Tq, Tk) -> (B, H, Tq, d). Slow and plain: made for reading, for experiments with M, and as a judge of `attend`.
-    """
-    k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])                                        # (B, H, Tk, d)
-    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5                                        # (B, H, Tq, Tk)
+    M (B, Tq, Tk) -> (B, H, Tq, d). Slow and plain: for reading, for experiments with M, and to judge `attend`."""
+    k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])                                    # (B, H, Tk, d)
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5                                    # (B, H, Tq, Tk)
 
     def softmax(keep):
         row = keep.any(-1, keepdim=True)
-        weights = scores.masked_fill(~keep & row, -torch.inf).softmax(-1)                        # (B, H, Tq, Tk)
+        weights = scores.masked_fill(~keep & row, -torch.inf).softmax(-1)                    # (B, H, Tq, Tk)
         return weights.masked_fill(~row, 0)
 
-    return (softmax((M == 1)[:, None]) + softmax((M == 2)[:, None])) @ v                         # (B, H, Tq, d)
+    return (softmax((M == 1)[:, None]) + softmax((M == 2)[:, None])) @ v                     # (B, H, Tq, d)
 
 
 @dataclass
@@ -87,13 +86,13 @@ class Rows:
 def _rows(member, padding, newest_first=False):
     """Rows of a (B, T) bool: members in order, fillers after them; or turned round, fillers first."""
     B, T = member.shape
-    counts = member.sum(1, keepdim=True)                                                         # (B, 1)
+    counts = member.sum(1, keepdim=True)                                                     # (B, 1)
     n = int(counts.max())
     place = torch.arange(T, device=member.device)
     if not newest_first and bool(((member == (place < counts)) & (member | padding | (place >= n))).all()):
         return Rows(n, None, None)  # the first n already, but for padding
-    index = member.byte().argsort(dim=1, descending=True, stable=True)[:, :n]                        # (B, n)
-    real = place[:n] < counts                                                                    # (B, n)
+    index = member.byte().argsort(dim=1, descending=True, stable=True)[:, :n]                    # (B, n)
+    real = place[:n] < counts                                                                # (B, n)
     if newest_first:
         index, real = index.flip(1), real.flip(1)
     index = index + T * torch.arange(B, device=member.device)[:, None]
@@ -109,8 +108,8 @@ class Pattern:
                    before a query are always a suffix, also in a cache that fills up from its end
     new_images     the image rows among the queries, newest first: what a cache has still to learn
     text_mask      (B, 1, text queries, text keys) of bool; None where `is_causal` says the same or everything is seen
-    spans          (start, stop, seen, mask): text queries start..stop see the last `seen` image keys, of them those that
-                   mask (B, 1, stop - start, seen) keeps (None: all of them)
+    spans          (start, stop, seen, mask): text queries start..stop see the last `seen` image keys, of them those
+                   that mask (B, 1, stop - start, seen) keeps (None: all of them)
     """
     kind: str
     queries: Rows
@@ -131,9 +130,9 @@ def pattern(query_modality, key_modality, kind="mmca"):
     """Index lists and masks for `attend`. query_modality (B, Tq), the last Tq of key_modality (B, Tk) -> Pattern."""
     _check(query_modality, key_modality, kind)
     Tq, Tk = query_modality.shape[1], key_modality.shape[1]
-    text = key_modality == TEXT if kind != "causal" else key_modality != PAD                     # (B, Tk)
-    image = (key_modality == IMAGE) & (kind != "causal")                                         # (B, Tk)
-    padding, new = key_modality == PAD, slice(Tk - Tq, Tk)                                       # (B, Tk)
+    text = key_modality == TEXT if kind != "causal" else key_modality != PAD                 # (B, Tk)
+    image = (key_modality == IMAGE) & (kind != "causal")                                     # (B, Tk)
+    padding, new = key_modality == PAD, slice(Tk - Tq, Tk)                                   # (B, Tk)
     keys, images = _rows(text, padding), _rows(image, padding, newest_first=True)
     queries, new_images = keys, images
     if Tq < Tk:
@@ -142,9 +141,9 @@ def pattern(query_modality, key_modality, kind="mmca"):
 
     text_mask = None
     if Tq < Tk and not (Tq == 1 and len(text) == 1):  # is_causal is aligned to the top left: right only where Tq == Tk
-        seen = queries.take(text.cumsum(1)[:, new]).clamp(min=1)                            # (B, n)
-        text_mask = (torch.arange(keys.n, device=seen.device) < seen[..., None])[:, None]        # (B, 1, n, text keys)
-    seen = queries.take(image.cumsum(1)[:, new])                                            # (B, n)
+        seen = queries.take(text.cumsum(1)[:, new]).clamp(min=1)                        # (B, n)
+        text_mask = (torch.arange(keys.n, device=seen.device) < seen[..., None])[:, None]    # (B, 1, n, text keys)
+    seen = queries.take(image.cumsum(1)[:, new])                                        # (B, n)
     if queries.real is not None:  # fillers see what the last member of their row sees
         seen = torch.where(queries.real, seen, seen.masked_fill(~queries.real, 0).amax(1, keepdim=True))
     return Pattern(kind, queries, keys, images, new_images, text_mask, Tq == Tk, _spans(seen))
@@ -157,7 +156,7 @@ def _spans(seen, shortest=32):
     would fall into many small spans: those are joined up to `shortest` queries."""
     if not seen.numel() or not int(seen.max()):
         return []
-    most, least = seen.amax(0), seen.amin(0)                                                     # (n)
+    most, least = seen.amax(0), seen.amin(0)                                                 # (n)
     cuts = (most.diff().nonzero().flatten() + 1).tolist()
     most, least, spans, start = most.tolist(), least.tolist(), [], 0
     for stop in cuts + [len(most)]:
@@ -166,7 +165,7 @@ def _spans(seen, shortest=32):
         mask = None
         if least[start] < most[stop - 1]:
             rank = torch.arange(most[stop - 1] - 1, -1, -1, device=seen.device)  # 0 is the oldest: newest first
-            mask = (rank < seen[:, start:stop, None])[:, None]                                   # (B, 1, span, seen)
+            mask = (rank < seen[:, start:stop, None])[:, None]                               # (B, 1, span, seen)
         spans.append((start, stop, most[stop - 1], mask))
         start = stop
     return spans
@@ -190,38 +189,38 @@ def image_term(q, k, v, pattern):
             nothing = ~mask.any(-1, keepdim=True)
             mask = mask | nothing
         part = F.scaled_dot_product_attention(q[:, :, start:stop], k[:, :, -seen:], v[:, :, -seen:], attn_mask=mask,
-                                              enable_gqa=k.shape[1] < q.shape[1])                # (B, H, span, d)
+                                              enable_gqa=k.shape[1] < q.shape[1])            # (B, H, span, d)
         parts.append(part if nothing is None else part.masked_fill(nothing, 0))
-    return torch.cat(parts, 2) if parts else torch.zeros_like(q)                                 # (B, H, n, d)
+    return torch.cat(parts, 2) if parts else torch.zeros_like(q)                             # (B, H, n, d)
 
 
 def attend(q, k, v, pattern, cache=None):
     """The same as `attend_explicit`, as two ordinary attentions: text to text and text to image.
 
     An image row sees only itself, so its result is its own v; only text rows attend. q (B, H, Tq, d), k and v
-    (B, K, Tk, d) -> (B, H, Tq, d); padding rows hold anything finite. kind "cross": the M1 term alone, since the M2 term
-    is the added layers'. With a `cache` (`KVCache.layer`), k and v are those of the Tq new positions and the
+    (B, K, Tk, d) -> (B, H, Tq, d); padding rows hold anything finite. kind "cross": the M1 term alone, since the M2
+    term is the added layers'. With a `cache` (`KVCache.layer`), k and v are those of the Tq new positions and the
     earlier ones come from it."""
-    own = _repeat(v, q.shape[1])[:, :, v.shape[2] - q.shape[2]:].transpose(1, 2)                 # (B, Tq, H, d)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                            # (B, T, H or K, d)
+    own = _repeat(v, q.shape[1])[:, :, v.shape[2] - q.shape[2]:].transpose(1, 2)             # (B, Tq, H, d)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                        # (B, T, H or K, d)
 
     def take(rows, x):
-        return rows.take(x).transpose(1, 2)                                                      # (B, H or K, n, d)
+        return rows.take(x).transpose(1, 2)                                                  # (B, H or K, n, d)
 
     text = pattern.keys if cache is None else pattern.queries
     image = pattern.images if cache is None else pattern.new_images
-    keys, values = take(text, k), take(text, v)                                                  # (B, K, text keys, d)
+    keys, values = take(text, k), take(text, v)                                              # (B, K, text keys, d)
     if cache is not None:
         keys, values = cache.add_text(keys, values)
-    queries = take(pattern.queries, q)                                                           # (B, H, n, d)
-    out = text_term(queries, keys, values, pattern)                                              # (B, H, n, d)
+    queries = take(pattern.queries, q)                                                       # (B, H, n, d)
+    out = text_term(queries, keys, values, pattern)                                          # (B, H, n, d)
     if pattern.kind == "mmca":
-        keys, values = take(image, k), take(image, v)                                            # (B, K, image keys, d)
+        keys, values = take(image, k), take(image, v)                                        # (B, K, image keys, d)
         if cache is not None:
             keys, values = cache.add_images(keys, values)
         if pattern.spans:
             out = out + image_term(queries, keys, values, pattern)
-    return pattern.queries.put(own, out.transpose(1, 2)).transpose(1, 2)                         # (B, H, Tq, d)
+    return pattern.queries.put(own, out.transpose(1, 2)).transpose(1, 2)                     # (B, H, Tq, d)
 
 
 def _repeat(x, heads):
@@ -246,11 +245,12 @@ def draw(tokens, modality):
     image = [m == IMAGE for m in modality[0].tolist()]
     cross = [[0 if image[i] else m for m in row] for i, row in enumerate(mmca)]
     wide = max(map(len, tokens)) + 2
-    titles = ("CA: one softmax over 1", "CrA: 1 in the layer, 2 in an added one", "MMCA: softmax over 1 + softmax over 2")
+    titles = "CA: softmax over 1", "CrA: 1 in the layer, 2 in an added one", "MMCA: softmax over 1 + softmax over 2"
     column = max(2 * len(tokens), *map(len, titles)) + 3
-    lines = [" " * wide + "".join(t.ljust(column) for t in titles)]
+    lines = [(" " * wide + "".join(t.ljust(column) for t in titles)).rstrip()]
     for i, token in enumerate(tokens):
-        cells = ["".join(f"{paint[m]} " for m in M[i]) + " " * (column - 2 * len(tokens)) for M in (causal, cross, mmca)]
+        space = " " * (column - 2 * len(tokens))
+        cells = ["".join(f"{paint[m]} " for m in M[i]) + space for M in (causal, cross, mmca)]
         lines.append((token.ljust(wide) + "".join(cells)).rstrip())
     return "\n".join(lines)
 

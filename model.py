@@ -1,9 +1,9 @@
 """LLaMA-2, the projection, images put among the words, and weights in and out.
 
 This file explains the language model (LLaMA-2, arXiv:2307.09288; numerics as in Hugging Face's LlamaForCausalLM, whose
-module names it keeps), the linear projection and CrA's added layers, how `VisualChat` writes the features of the pictures into
-the sequence, and how weights stream from published files into the model and back. Not here: which token attends to
-which (mmca.py), the vision tower (vision.py), text and batches (data.py).
+module names it keeps), the linear projection and CrA's added layers, how `VisualChat` writes the features of the
+pictures into the sequence, and how weights stream from published files into the model and back. Not here: which token
+attends to which (mmca.py), the vision tower (vision.py), text and batches (data.py).
 
 Shapes: B batch, T tokens, N images in the batch, P tokens of an image, S pixels a side, D width, Dv vision width, F MLP
 width, H heads, K key/value heads, d head width, L layers, V vocabulary.
@@ -27,8 +27,10 @@ from vision import InputError, ViT, ViTConfig, check_sizes, read_json, read_prep
 
 
 def choose_device(device=None, dtype=None):
-    """The one place where device and number format are chosen. device: "cpu", "cuda:1", ... or None for the best there is;
-    dtype: "float32", "bfloat16", "float16" or None: bfloat16 on GPUs that have it, float32 on a CPU. Prints the choice."""
+    """The one place where device and number format are chosen; the choice is printed.
+
+    device: "cpu", "cuda:1", ... or None for the best there is; dtype: "float32", "bfloat16", "float16" or None:
+    bfloat16 on GPUs that have it, float32 on a CPU. Returns (torch.device, torch.dtype)."""
     try:
         device = torch.device(device or (torch.accelerator.current_accelerator() or "cpu"))
         torch.empty(1, device=device)
@@ -79,11 +81,11 @@ class LlamaConfig:
         if strange:
             raise InputError(f"{file}: not supported by this LLaMA-2: {', '.join(strange)}")
         try:
-            heads = config["num_attention_heads"]
-            config = cls(config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"], heads,
-                       config.get("num_key_value_heads") or heads, config.get("head_dim") or config["hidden_size"] // heads,
-                       config["vocab_size"], config.get("max_position_embeddings", 2048), config.get("rms_norm_eps", 1e-6),
-                       rope.get("rope_theta", config.get("rope_theta", 10000.0)), config.get("tie_word_embeddings", False))
+            width, heads, get = config["hidden_size"], config["num_attention_heads"], config.get
+            config = cls(width, config["intermediate_size"], config["num_hidden_layers"], heads,
+                         get("num_key_value_heads") or heads, get("head_dim") or width // heads, config["vocab_size"],
+                         get("max_position_embeddings", 2048), get("rms_norm_eps", 1e-6),
+                         rope.get("rope_theta", get("rope_theta", 10000.0)), get("tie_word_embeddings", False))
         except KeyError as error:
             raise InputError(f"{file} is not that of a LLaMA: {error.args[0]} missing") from error
         except (TypeError, ZeroDivisionError) as error:
@@ -108,15 +110,15 @@ class RMSNorm(nn.Module):
 def rotary(positions, config, dtype):
     """cos and sin of position x frequency (arXiv:2104.09864). positions (B, T) -> two of (B, 1, T, d)"""
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    angles = positions[:, None, :, None].float() / config.rope_theta ** exponent                 # (B, 1, T, d / 2)
-    angles = torch.cat([angles, angles], -1)                                                     # (B, 1, T, d)
+    angles = positions[:, None, :, None].float() / config.rope_theta ** exponent             # (B, 1, T, d / 2)
+    angles = torch.cat([angles, angles], -1)                                                 # (B, 1, T, d)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x, cos, sin):
     """Turn the pair (x[i], x[i + d/2]) by its angle: Hugging Face's order; Meta's files pair 2i with 2i + 1.
     x (B, H, T, d) -> (B, H, T, d)"""
-    left, right = x.chunk(2, -1)                                                                 # (B, H, T, d / 2)
+    left, right = x.chunk(2, -1)                                                             # (B, H, T, d / 2)
     return x * cos + torch.cat([-right, left], -1) * sin
 
 
@@ -132,10 +134,10 @@ class LlamaAttention(nn.Module):
 
     def forward(self, x, cos, sin, pattern, cache=None):
         """x (B, T, D), cos and sin (B, 1, T, d) -> (B, T, D)"""
-        q, k, v = (proj(x).unflatten(2, (-1, self.d)).transpose(1, 2)                            # (B, H or K, T, d)
+        q, k, v = (proj(x).unflatten(2, (-1, self.d)).transpose(1, 2)                        # (B, H or K, T, d)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, pattern, cache)                # (B, H, T, d)
-        return self.o_proj(out.transpose(1, 2).flatten(2))                                       # (B, T, D)
+        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, pattern, cache)            # (B, H, T, d)
+        return self.o_proj(out.transpose(1, 2).flatten(2))                                   # (B, T, D)
 
 
 class LlamaMLP(nn.Module):
@@ -169,8 +171,8 @@ class LlamaLayer(nn.Module):
 
 class CrossAttention(nn.Module):
     """What CrA adds before each decoder layer (`kind="cross"`; Flamingo, arXiv:2204.14198): text rows get
-    x += tanh(gate) * o_proj(softmax(QK' . M2) V), with weights of its own; keys and values come from the projected features,
-    unrotated. The gate starts at zero, so that an untrained layer changes nothing."""
+    x += tanh(gate) * o_proj(softmax(QK' . M2) V), with weights of its own; queries come from the normed rows, keys and
+    values from the projected features, unrotated. The gate starts at zero: an untrained layer changes nothing."""
 
     def __init__(self, config):
         super().__init__()
@@ -182,12 +184,12 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, features, pattern, cache=None):
         """x (B, n, D) the text rows, features (B, m, D) the new image rows, newest first -> (B, n, D)"""
-        q, k, v = (proj(rows).unflatten(2, (-1, self.d)).transpose(1, 2)                         # (B, H or K, n or m, d)
+        q, k, v = (proj(rows).unflatten(2, (-1, self.d)).transpose(1, 2)                     # (B, heads, n or m, d)
                    for proj, rows in ((self.q_proj, self.norm(x)), (self.k_proj, features), (self.v_proj, features)))
         if cache is not None:
             k, v = cache.add_images(k, v)
-        out = image_term(q, k, v, pattern)                                                       # (B, H, n, d)
-        return x + torch.tanh(self.gate) * self.o_proj(out.transpose(1, 2).flatten(2))           # (B, n, D)
+        out = image_term(q, k, v, pattern)                                                   # (B, H, n, d)
+        return x + torch.tanh(self.gate) * self.o_proj(out.transpose(1, 2).flatten(2))       # (B, n, D)
 
 
 class LlamaModel(nn.Module):
@@ -203,12 +205,12 @@ class LlamaModel(nn.Module):
 
     def forward(self, x, positions, pattern, cache=None, cross_attention=None):
         """x (B, T, D) embeddings, positions (B, T) -> hidden states (B, T, D). With a cache the T tokens continue it.
-        cross_attention: CrA's L added layers; then only text rows pass the decoder and image rows come out as they were."""
+        cross_attention: CrA's L added layers; only text rows then pass the decoder, image rows stay as they were."""
         rows, whole = pattern, x
         if cross_attention is not None:
             rows, x, positions = pattern.text_only(), pattern.queries.take(x), pattern.queries.take(positions)
-            features = pattern.new_images.take(whole)                                            # (B, m, D)
-        cos, sin = rotary(positions, self.config, x.dtype)                                       # (B, 1, T, d)
+            features = pattern.new_images.take(whole)                                        # (B, m, D)
+        cos, sin = rotary(positions, self.config, x.dtype)                                   # (B, 1, T, d)
         for i, layer in enumerate(self.layers):
             store = None if cache is None else cache.layer(i)
             if cross_attention is not None:
@@ -234,7 +236,7 @@ class Llama(nn.Module):
         modality = torch.full_like(input_ids, TEXT)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         x = self.model(self.model.embed_tokens(input_ids), positions, pattern(modality, modality, "causal"))
-        return self.lm_head(x)                                                                   # (B, T, V)
+        return self.lm_head(x)                                                               # (B, T, V)
 
 
 class KVCache:
@@ -245,8 +247,9 @@ class KVCache:
 
     def __init__(self, config, length, device, dtype):
         shape = config.num_hidden_layers, 1, config.num_key_value_heads, length, config.head_dim
-        self.keys, self.values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))  # (L, 1, K, length, d)
-        self.modality = torch.zeros(1, length, dtype=torch.long, device=device)                  # (1, length)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)                           # (L, 1, K, length, d)
+        self.values = torch.empty_like(self.keys)                                            # (L, 1, K, length, d)
+        self.modality = torch.zeros(1, length, dtype=torch.long, device=device)              # (1, length)
         self.texts = self.images = 0
 
     @property
@@ -255,7 +258,7 @@ class KVCache:
         return self.texts + self.images
 
     def append(self, modality):
-        """Note the modality (1, T) of T new tokens -> that of all (1, Tk); their keys and values follow from the layers."""
+        """Note the modality (1, T) of T new tokens -> that of all (1, Tk). The layers bring their keys and values."""
         stop = self.length + modality.shape[1]
         if stop > self.modality.shape[1]:
             raise InputError(f"the conversation needs {stop} tokens, and there is room for {self.modality.shape[1]}")
@@ -294,7 +297,7 @@ class _CacheLayer:
 # ---- pictures among the words --------------------------------------------------------------------------------------
 
 def make_projection(kind, vision, language):
-    """Features (N, P, Dv) -> word-sized vectors (N, P, D). "linear": Linear, then LayerNorm (the original's `baseline`)."""
+    """Features (N, P, Dv) -> word-sized vectors (N, P, D). "linear" (the original's `baseline`): Linear, LayerNorm."""
     if kind != "linear":
         raise InputError(f"projection {kind!r} is not known, only linear")
     D = language.hidden_size
@@ -322,42 +325,43 @@ class VisualChat(nn.Module):
         trained = any(p.requires_grad for p in self.vision_model.parameters())
         with nullcontext() if trained else torch.no_grad():
             features = self.vision_model(pixels.to(self.vision_model.embeddings.class_embedding.dtype))  # (N, P, Dv)
-        return self.projection(features)                                                         # (N, P, D)
+        return self.projection(features)                                                     # (N, P, D)
 
     def embed(self, input_ids, modality, features=None):
         """Words are looked up, features (N, P, D) written to the image positions in order -> (B, T, D)"""
-        embeds = self.language_model.model.embed_tokens(input_ids)                               # (B, T, D)
+        embeds = self.language_model.model.embed_tokens(input_ids)                           # (B, T, D)
         places, given = modality == IMAGE, 0 if features is None else features.shape[0] * features.shape[1]
         if int(places.sum()) != given:
             raise InputError(f"{int(places.sum())} image positions in the batch, but {given} image tokens "
                              f"({0 if features is None else features.shape[0]} pictures) to put there")
-        return embeds.index_put((places,), features.flatten(0, 1)) if given else embeds          # (B, T, D)
+        return embeds.index_put((places,), features.flatten(0, 1)) if given else embeds      # (B, T, D)
 
     def forward(self, input_ids, modality, labels, pixels, image_index):
-        """One batch of `data.collate`, for training -> the loss of every trained token, and whether it was the first choice.
+        """One batch of `data.collate` -> the loss of every trained token, and whether it was the first choice.
 
-        input_ids, modality, labels (B, T); labels[t] is input_ids[t] or -100: the shift is made here. pixels (U, 3, S, S)
-        are the distinct pictures, image_index (N) says which one stands at each place. Returns losses (n) float32 and hits
-        (n) bool, one for each label but -100, row by row; logits are computed at those positions only."""
-        features = self.encode_images(pixels)[image_index] if len(image_index) else None         # (N, P, D)
-        x = self.embed(input_ids, modality, features)                                            # (B, T, D)
-        positions = torch.arange(x.shape[1], device=x.device).expand_as(input_ids)               # (B, T)
-        x = self.language_model.model(x, positions, pattern(modality, modality, self.attention), None, self.cross_attention)
-        trained = labels[:, 1:] != -100                                                          # (B, T - 1)
-        logits = self.language_model.lm_head(x[:, :-1][trained]).float()                         # (n, V)
-        targets = labels[:, 1:][trained]                                                         # (n)
+        input_ids, modality, labels (B, T); labels[t] is input_ids[t] or -100: the shift is made here. pixels
+        (U, 3, S, S) are the distinct pictures, image_index (N) says which of them stands at each place. Returns losses
+        (n) float32 and hits (n) bool, one for each label but -100, row by row; logits are computed there only."""
+        features = self.encode_images(pixels)[image_index] if len(image_index) else None     # (N, P, D)
+        x = self.embed(input_ids, modality, features)                                        # (B, T, D)
+        positions = torch.arange(x.shape[1], device=x.device).expand_as(input_ids)           # (B, T)
+        who = pattern(modality, modality, self.attention)
+        x = self.language_model.model(x, positions, who, None, self.cross_attention)         # (B, T, D)
+        trained = labels[:, 1:] != -100                                                      # (B, T - 1)
+        logits = self.language_model.lm_head(x[:, :-1][trained]).float()                     # (n, V)
+        targets = labels[:, 1:][trained]                                                     # (n)
         return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets  # (n), (n)
 
     @torch.inference_mode()
     def read(self, input_ids, modality, cache, features=None):
         """Continue a conversation: T new tokens (1, T) go into the cache -> logits of the next token (V)"""
         held = cache.length
-        pattern_ = pattern(modality, cache.append(modality), self.attention)
+        who = pattern(modality, cache.append(modality), self.attention)
         positions = torch.arange(held, held + input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
-        x = self.embed(input_ids, modality, features)                                            # (1, T, D)
-        x = self.language_model.model(x, positions, pattern_, cache, self.cross_attention)       # (1, T, D)
-        logits = self.language_model.lm_head(x[0, -1]).float()                                   # (V)
-        cache.advance(pattern_)  # last: until here an interrupt leaves the cache as it was
+        x = self.embed(input_ids, modality, features)                                        # (1, T, D)
+        x = self.language_model.model(x, positions, who, cache, self.cross_attention)       # (1, T, D)
+        logits = self.language_model.lm_head(x[0, -1]).float()                               # (V)
+        cache.advance(who)  # last: until here an interrupt leaves the cache as it was
         return logits
 
     @classmethod
@@ -395,7 +399,8 @@ class VisualChat(nn.Module):
             dtype = str(self.language_model.model.norm.weight.dtype).removeprefix("torch.")
             write_json(work / "config.json", {
                 "model_type": "visualchat", "attention": self.attention, "projection": self.projection_kind,
-                "image_tokens": vision.image_tokens, "feature_layer": vision.feature_layer, "class_token": vision.class_token})
+                "image_tokens": vision.image_tokens, "feature_layer": vision.feature_layer,
+                "class_token": vision.class_token})
             write_json(work / "language_model/config.json", {
                 "architectures": ["LlamaForCausalLM"], "model_type": "llama", **asdict(language), "hidden_act": "silu",
                 "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": dtype})
@@ -452,7 +457,7 @@ def load_vit(folder, dtype=torch.float32, device="cpu", feature_layer=-1, class_
 
 
 def weight_files(folder):
-    """The files that hold a model's weights, published as one or as shards with an index; InputError if there are none."""
+    """The files that hold a model's weights, one or shards with an index; InputError if there are none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; config.json and *.safetensors of a model belong there")
@@ -466,7 +471,8 @@ def weight_files(folder):
                 raise InputError(f"{folder}: {index.name} names {', '.join(missing)}, not found there")
         if files:
             return files
-    raise InputError(f"{folder} holds no weights: model.safetensors (or shards with model.safetensors.index.json) belong there")
+    raise InputError(f"{folder} holds no weights: model.safetensors, or shards with model.safetensors.index.json, "
+                     "belong there")
 
 
 def has_weights(folder):
@@ -477,8 +483,9 @@ def has_weights(folder):
 def fill(module, files, rename=lambda name: name, dtype=None, device=None):
     """Stream tensors from files into the parameters of module, one at a time; strict.
 
-    rename(name in the file) -> name in the module, or None for a tensor left out on purpose. Parameters on the meta device are
-    made as they come, with dtype and device. InputError names unknown and missing tensors and shapes that do not fit."""
+    rename(name in the file) -> name in the module, or None for a tensor left out on purpose. Parameters on the meta
+    device are made as they come, with dtype and device. InputError names unknown and missing tensors and shapes that do
+    not fit."""
     targets, wrong = dict(module.named_parameters()), []
     for file in files:
         for name, read in _tensors(file):
@@ -503,7 +510,7 @@ def fill(module, files, rename=lambda name: name, dtype=None, device=None):
 
 
 def _tensors(file):
-    """(name, function that reads the tensor) for each tensor of a .safetensors or, without running any code in it, .bin file."""
+    """(name, function that reads it) for each tensor of a .safetensors file or, running no code in it, a .bin file."""
     try:
         if file.suffix == ".bin":
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -533,7 +540,7 @@ def gathered(parameter):
 
 
 def save_weights(module, file, prefix="", shard_bytes=5e9):
-    """Write the parameters of module to a .safetensors file; above shard_bytes to shards with an index, one after the other."""
+    """Write the parameters of module to a .safetensors file; above shard_bytes to shards with an index, one by one."""
     shards, size = [[]], 0
     for name, parameter in module.named_parameters():
         numbers = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()

@@ -1,8 +1,8 @@
 """deepspeed.initialize and a loop, top to bottom.
 
-This file explains the training recipe (section 6 of the facts in the paper, arXiv:2309.14327): which weights are trained,
-the optimizer and its schedule, ZeRO, the loss over the global batch, evaluation, the log and the checkpoints. Not
-here: the model (model.py), the conversations and batches (data.py).
+This file explains the training recipe of DeepSpeed-VisualChat (arXiv:2309.14327): which weights are trained, the
+optimizer and its schedule, ZeRO, the loss over the global batch, evaluation, the log and the checkpoints. Not here: the
+model (model.py), the conversations and batches (data.py).
 
     deepspeed train.py --language_model DIR --vision_model DIR --data_path DIR --datasets llava llava_dial
     deepspeed --num_accelerators 2 train.py ...          two processes, also on a CPU
@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import (CONCATENATE, DATASETS, Samples, Tokenizer, Turn, collate, concatenate, encode, epoch_samples, hold_out,
-                  read_dataset)
+from data import (CONCATENATE, DATASETS, Samples, Tokenizer, Turn, collate, concatenate, encode, epoch_samples,
+                  hold_out, read_dataset)
 from model import Llama, LlamaConfig, VisualChat, choose_device, has_weights, is_main, load_llama, load_vit
 from vision import InputError, ViT, ViTConfig, read_preprocessing
 
@@ -57,12 +57,12 @@ def arguments():
     add("--vision_model", type=Path, required=True, metavar="DIR", help="CLIP vision model in Hugging Face layout")
     add("--data_path", type=Path, required=True, metavar="DIR", help="the folder that holds the data sets")
     add("--datasets", nargs="+", default=["llava", "llava_dial"], metavar="NAME", help=f"of {', '.join(DATASETS)}")
-    add("--samples", nargs="+", default=["all"], metavar="N|all", help="conversations of each set; one value serves all")
+    add("--samples", nargs="+", default=["all"], metavar="N|all", help="conversations of each set; one value for all")
     add("--concatenate", nargs="+", type=positive, metavar="N", help="join 1 to N conversations; one value serves all "
         f"(default: the original's: {', '.join(f'{k} {v}' for k, v in CONCATENATE.items())}, others 1)")
     add("--attention", choices=["mmca", "causal", "cross"], default="mmca", help="the mechanism")
     add("--projection", choices=["linear"], default="linear", help="from features to word vectors")
-    add("--trainable", choices=["recipe", "all"], default="recipe", help="recipe: embedding, projection and CrA's layers")
+    add("--trainable", choices=["recipe", "all"], default="recipe", help="recipe: embedding, projection, CrA's layers")
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="where log.jsonl and epoch-N go")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
     add("--epochs", type=positive, default=6, help="times through the data")
@@ -75,10 +75,11 @@ def arguments():
     add("--max_length", type=positive, default=4096, help="tokens of a sample; rounds beyond are left out whole")
     add("--max_images", type=positive, default=8, help="pictures of a sample; rounds beyond are left out whole")
     add("--eval_fraction", type=fraction, default=0.1, help="share of the conversations that is held out")
-    add("--workers", type=int, choices=range(65), metavar="N", default=2, help="processes that read pictures, for each training process")
+    add("--workers", type=int, choices=range(65), metavar="N", default=2, help="processes that read pictures, for each "
+        "training process")
     add("--zero_stage", type=int, choices=[0, 1, 2, 3], default=3, help="what ZeRO spreads over the processes")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="number format (default: bfloat16 on GPUs that have "
-        "it, float32 on a CPU)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="number format (default: bfloat16 on GPUs that "
+        "have it, float32 on a CPU)")
     add("--seed", type=int, default=1234, help="of every random choice")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it
     return parser.parse_args()
@@ -94,11 +95,11 @@ def start_distributed(device):
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                               MASTER_PORT=str(free.getsockname()[1]))
     if device.type == "cpu":
-        os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # ninja, if its environment is not activated
+        os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # ninja of an environment not activated
         missing = [tool for tool in (os.environ.get("CXX", "g++"), "ninja") if not shutil.which(tool)]
         if missing:
-            raise InputError(f"DeepSpeed compiles its communication on a CPU and needs {' and '.join(missing)}: install a "
-                             "C++ compiler (on Debian: apt-get install g++) and ninja (pip install ninja)")
+            raise InputError(f"on a CPU DeepSpeed compiles its communication and needs {' and '.join(missing)}: install "
+                             "a C++ compiler (on Debian: apt-get install g++) and ninja (pip install ninja)")
         if "OMP_NUM_THREADS" not in os.environ:
             processes = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
@@ -177,8 +178,8 @@ def make_model(args, conversations, device, dtype):
     else:
         language = load_llama(args.language_model, dtype)
         if len(tokenizer) > language.config.vocab_size:
-            raise InputError(f"{file} has {len(tokenizer)} pieces, the language model only {language.config.vocab_size} "
-                             "embeddings: they do not belong together")
+            raise InputError(f"{file} has {len(tokenizer)} pieces, the language model only "
+                             f"{language.config.vocab_size} embeddings: they do not belong together")
     vision = ViT(ViTConfig.read(args.vision_model)) if new[1] else load_vit(args.vision_model, dtype)
     model = VisualChat(vision, language, args.attention, args.projection)
     model.preprocessing = read_preprocessing(args.vision_model, vision.config.image_size)
@@ -215,7 +216,8 @@ def finish_batch(examples, dummy):
 def batches(conversations, model, tokenizer, args):
     """The micro-batches of this process, read by workers"""
     config = model.vision_model.config
-    samples = Samples(conversations, tokenizer, config.image_tokens, model.preprocessing, args.max_length, args.max_images)
+    samples = Samples(conversations, tokenizer, config.image_tokens, model.preprocessing, args.max_length,
+                      args.max_images)
     dummy = encode([Turn("", None, ["dummy"])], tokenizer, config.image_tokens)
     dummy.pixels = [torch.zeros(3, config.image_size, config.image_size)]
     sampler = [list(part) for part in micro_batches(len(samples), args, dist.get_world_size(), dist.get_rank())]
@@ -224,14 +226,15 @@ def batches(conversations, model, tokenizer, args):
 
 
 def next_step(loader, accumulation, device):
-    """The micro-batches of one step, and over all processes: trained tokens, tokens, rounds left out -> None at the end"""
+    """(micro-batches of one step, and over all processes: trained tokens, tokens, rounds left out); None at the end"""
     parts = [part for part in (next(loader, None) for _ in range(accumulation)) if part is not None]
     if not parts:
         return None
     errors = [error for *_, error in parts if error]
     batch = [{name: value.to(device) for name, value in part.items()} for part, *_ in parts]
-    counts = torch.tensor([sum(int((b["labels"] != -100).sum()) for b in batch),
-                           *(sum(column) for column in list(zip(*parts))[1:3]), len(errors)], dtype=torch.long, device=device)
+    tokens, left_out = (sum(part[n] for part in parts) for n in (1, 2))
+    trained = sum(int((b["labels"] != -100).sum()) for b in batch)
+    counts = torch.tensor([trained, tokens, left_out, len(errors)], device=device)
     dist.all_reduce(counts)
     trained, tokens, left_out, bad = counts.tolist()
     if bad:  # every process learns of it, and none waits for another
@@ -250,13 +253,12 @@ def evaluate(engine, loader, accumulation, device):
     while step := next_step(loader, accumulation, device):
         for batch in step[0]:
             losses, hits = engine(**batch)
-            trained = batch["labels"][:, 1:] != -100                                             # (B, T - 1)
+            trained = batch["labels"][:, 1:] != -100                                         # (B, T - 1)
             first = trained & ~torch.nn.functional.pad(trained, (1, 0))[:, :-1]  # the first token of each answer
-            answer = first.flatten().cumsum(0)[trained.flatten()] - 1                            # (n), which answer
+            answer = first.flatten().cumsum(0)[trained.flatten()] - 1                        # (n), which answer
             exact = torch.ones(int(first.sum()), dtype=torch.long, device=device)
-            exact = exact.scatter_reduce(0, answer, hits.long(), "amin")                         # (answers)
-            sums += torch.stack([losses.double().sum(), *(torch.tensor(float(n), dtype=torch.float64, device=device)
-                                                          for n in (len(losses), exact.sum(), len(exact)))])
+            exact = exact.scatter_reduce(0, answer, hits.long(), "amin")                     # (answers)
+            sums += torch.tensor([float(losses.sum()), len(losses), int(exact.sum()), len(exact)], device=device)
     dist.all_reduce(sums)
     engine.train()
     loss, tokens, exact, answers = sums.tolist()
@@ -269,31 +271,33 @@ def train(args):
     device, dtype = choose_device(None, args.dtype)
     if device.type == "cpu" and dtype == torch.float16:
         raise InputError("--dtype float16: DeepSpeed has none on a CPU; take bfloat16 or float32")
-    factors = one_each(args.concatenate or [CONCATENATE.get(name, 1) for name in args.datasets], args.datasets, "--concatenate")
-    amounts = one_each(args.samples, args.datasets, "--samples")
+    names = args.datasets
+    factors = one_each(args.concatenate or [CONCATENATE.get(name, 1) for name in names], names, "--concatenate")
+    amounts = one_each(args.samples, names, "--samples")
     if any(n != "all" and not (n.isdecimal() and int(n)) for n in amounts):
         raise InputError("--samples takes numbers from 1 or the word all")
     sets = [read_dataset(name, args.data_path, None if n == "all" else int(n), args.seed)
-            for name, n in zip(args.datasets, amounts)]
+            for name, n in zip(names, amounts)]
 
     # processes
     deepspeed, device = start_distributed(device)
     world = dist.get_world_size()
     accumulation, rest = divmod(args.batch_size, args.micro_batch_size * world)
     if rest or not accumulation:
-        raise InputError(f"--batch_size {args.batch_size} is no multiple of --micro_batch_size {args.micro_batch_size} x "
-                         f"{world} processes")
+        raise InputError(f"--batch_size {args.batch_size} is no multiple of --micro_batch_size {args.micro_batch_size} "
+                         f"x {world} processes")
     on_main(lambda: check_out(args))
 
     # data
-    split = [hold_out(conversations, args.eval_fraction, f"{args.seed} {name}") for name, conversations in zip(args.datasets, sets)]
+    split = [hold_out(part, args.eval_fraction, f"{args.seed} {name}") for name, part in zip(names, sets)]
     training = [part for part, _ in split]
     rng = random.Random(f"held out {args.seed}")
     held_out = [group for (_, part), factor in zip(split, factors) for group in concatenate(part, factor, rng)]
     if not any(training):
-        raise InputError(f"{', '.join(args.datasets)}: no conversation is left to train on")
-    steps_of = [math.ceil(len(epoch_samples(training, factors, args.seed, epoch)) / args.batch_size) for epoch in range(args.epochs)]
-    total = min(sum(steps_of), args.max_steps or sum(steps_of))
+        raise InputError(f"{', '.join(names)}: no conversation is left to train on")
+    total = sum(math.ceil(len(epoch_samples(training, factors, args.seed, epoch)) / args.batch_size)
+                for epoch in range(args.epochs))
+    total = min(total, args.max_steps or total)
 
     # model
     model, tokenizer = make_model(args, [c for part in training for c in part], device, dtype)
@@ -304,7 +308,8 @@ def train(args):
     trained = sum(p.numel() for group in groups for p in group["params"])
     if is_main():
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {trained:,} of them trained; "
-              f"{sum(map(len, training))} conversations to train on, {sum(len(part) for _, part in split)} held out; {total} steps")
+              f"{sum(map(len, training))} conversations to train on, {sum(len(part) for _, part in split)} held out; "
+              f"{total} steps")
 
     # engine
     def schedule(step):
@@ -313,7 +318,8 @@ def train(args):
 
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config={
         "train_batch_size": args.batch_size, "train_micro_batch_size_per_gpu": args.micro_batch_size,
-        "gradient_accumulation_steps": accumulation, "gradient_clipping": 1.0, "zero_optimization": {"stage": args.zero_stage},
+        "gradient_accumulation_steps": accumulation, "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": args.zero_stage},
         "optimizer": {"type": "AdamW", "params": {"lr": args.learning_rate, "betas": [0.9, 0.95], "weight_decay": 0.0,
                                                   "torch_adam": True}},
         "bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16},
@@ -365,7 +371,8 @@ def train(args):
             break
     bar.close()
     if is_main():
-        print(f"{step} steps; {rounds_left_out} rounds left out (--max_length, --max_images); the model is in {args.out}/best")
+        print(f"{step} steps; {rounds_left_out} rounds left out (--max_length, --max_images); "
+              f"the model is in {args.out}/best")
     dist.destroy_process_group()
 
 

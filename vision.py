@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. The message names the thing and the remedy; the programs print it and exit with 2."""
+    """What the user gave cannot be used. The message names thing and remedy; programs print it and exit with 2."""
 
 
 def read_json(path, kind=dict):
@@ -34,7 +34,8 @@ def read_json(path, kind=dict):
             return content
         raise InputError(f"{path} holds no JSON {'object' if kind is dict else 'list'}")
     except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
+        place = f"line {error.lineno}, column {error.colno}"
+        raise InputError(f"{path} is not valid JSON: {error.msg} at {place}") from error
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
@@ -95,13 +96,16 @@ def load_image(path):
 def read_preprocessing(folder, image_size):
     """preprocessor_config.json of a folder as a dict, or CLIP's own for pictures of image_size where there is none."""
     file = Path(folder) / "preprocessor_config.json"
-    config = {"size": image_size, "crop_size": image_size, **CLIP_PREPROCESSING, **(read_json(file) if file.exists() else {})}
+    config = {"size": image_size, "crop_size": image_size, **CLIP_PREPROCESSING}
+    if file.exists():
+        config.update(read_json(file))
     try:
         made = preprocess(Image.new("RGB", (image_size, image_size)), config).shape
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{file} cannot be used: {error}") from error
     if made != (3, image_size, image_size):
-        raise InputError(f"{file} makes pictures of {tuple(made)}, the vision model takes (3, {image_size}, {image_size})")
+        raise InputError(f"{file} makes pictures of {tuple(made)}, "
+                         f"the vision model takes (3, {image_size}, {image_size})")
     return config
 
 
@@ -109,22 +113,22 @@ def preprocess(image, config):
     """PIL RGB -> (3, S, S) float32, exactly as CLIP does: shorter side to `size`, centre crop, mean and deviation.
 
     config: the content of preprocessor_config.json, in the old spelling ("size": 224) or the new one
-    ("size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}). A size with height and width squashes."""
+    ("size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}); height and width squash."""
     size, crop = config["size"], config.get("crop_size", config["size"])
     size = {"shortest_edge": size} if isinstance(size, int) else size
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
     if "shortest_edge" in size:  # the longer side is cut to an integer, not rounded
-        short, (width, height) = size["shortest_edge"], image.size
-        width, height = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+        short, scale = size["shortest_edge"], min(image.size)
+        width, height = (int(short * side / scale) for side in image.size)
     else:
         width, height = size["width"], size["height"]
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     if "height" in crop:
         left, top = (width - crop["width"]) // 2, (height - crop["height"]) // 2
         image = image.crop((left, top, left + crop["width"], top + crop["height"]))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255                    # (3, S, S)
-    mean, std = torch.tensor(config["image_mean"]), torch.tensor(config["image_std"])            # (3), (3)
-    return ((pixels - mean[:, None, None]) / std[:, None, None]).contiguous()                    # (3, S, S)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255                # (3, S, S)
+    mean, std = torch.tensor(config["image_mean"]), torch.tensor(config["image_std"])        # (3), (3)
+    return ((pixels - mean[:, None, None]) / std[:, None, None]).contiguous()                # (3, S, S)
 
 
 # ---- the CLIP vision transformer -----------------------------------------------------------------------------------
@@ -156,14 +160,15 @@ class ViTConfig:
         config = read_json(file)
         config = read_section(config, "vision_config") or config
         config = {"image_size": 224, "patch_size": 32, **config}  # the defaults that transformers leaves out
-        known = {f.name for f in fields(cls)} - {"feature_layer", "class_token"}
+        names = {f.name for f in fields(cls)} - {"feature_layer", "class_token"}
         missing = [f.name for f in fields(cls)[:6] if f.name not in config]
         if missing:
             raise InputError(f"{file} is not that of a CLIP vision model: {', '.join(missing)} missing")
-        config = cls(**{k: v for k, v in config.items() if k in known})
+        config = cls(**{k: v for k, v in config.items() if k in names})
         check_sizes(file, config, fields(cls)[:6])
         if config.hidden_act not in ACTIVATIONS:
-            raise InputError(f"{file}: hidden_act {config.hidden_act!r} is not supported, only {', '.join(ACTIVATIONS)}")
+            known = ", ".join(ACTIVATIONS)
+            raise InputError(f"{file}: hidden_act {config.hidden_act!r} is not supported, only {known}")
         return config
 
 
@@ -180,10 +185,10 @@ class ViTAttention(nn.Module):
 
     def forward(self, x):
         """x (N, P, Dv) -> (N, P, Dv)"""
-        q, k, v = (proj(x).unflatten(2, (self.heads, -1)).transpose(1, 2)                        # (N, H, P, d)
+        q, k, v = (proj(x).unflatten(2, (self.heads, -1)).transpose(1, 2)                    # (N, H, P, d)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        out = F.scaled_dot_product_attention(q, k, v)                                            # (N, H, P, d)
-        return self.out_proj(out.transpose(1, 2).flatten(2))                                     # (N, P, Dv)
+        out = F.scaled_dot_product_attention(q, k, v)                                        # (N, H, P, d)
+        return self.out_proj(out.transpose(1, 2).flatten(2))                                 # (N, P, Dv)
 
 
 class ViTMLP(nn.Module):
@@ -228,10 +233,10 @@ class ViTEmbeddings(nn.Module):
 
     def forward(self, pixels):
         """pixels (N, 3, S, S) -> (N, P, Dv), class token first"""
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)                        # (N, P - 1, Dv)
-        first = self.class_embedding.expand(len(patches), 1, -1)                                 # (N, 1, Dv)
-        places = torch.arange(patches.shape[1] + 1, device=pixels.device)                        # (P)
-        return torch.cat([first, patches], 1) + self.position_embedding(places)                  # (N, P, Dv)
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)                    # (N, P - 1, Dv)
+        first = self.class_embedding.expand(len(patches), 1, -1)                             # (N, 1, Dv)
+        places = torch.arange(patches.shape[1] + 1, device=pixels.device)                    # (P)
+        return torch.cat([first, patches], 1) + self.position_embedding(places)              # (N, P, Dv)
 
 
 class ViT(nn.Module):
@@ -242,8 +247,9 @@ class ViT(nn.Module):
         self.config = config
         self.embeddings = ViTEmbeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)  # the published spelling
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(ViTLayer(config) for _ in range(config.num_hidden_layers))})
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)  # CLIP's; kept, no feature uses it
+        layers = nn.ModuleList(ViTLayer(config) for _ in range(config.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layers": layers})
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)  # kept; no feature passes it
 
     def forward(self, pixels):
         """pixels (N, 3, S, S) -> features (N, P, Dv)"""
@@ -251,8 +257,8 @@ class ViT(nn.Module):
         if pixels.shape[1:] != (3, size, size):
             raise InputError(f"the vision model takes pictures (3, {size}, {size}), not {tuple(pixels.shape[1:])}: "
                              "does preprocessor_config.json belong to it?")
-        x = self.pre_layrnorm(self.embeddings(pixels))                                           # (N, P, Dv)
+        x = self.pre_layrnorm(self.embeddings(pixels))                                       # (N, P, Dv)
         layers = self.encoder["layers"]
         for layer in layers[:len(layers) + 1 + self.config.feature_layer]:
-            x = layer(x)                                                                         # (N, P, Dv)
+            x = layer(x)                                                                     # (N, P, Dv)
         return x if self.config.class_token else x[:, 1:]
