@@ -98,8 +98,8 @@ def start_distributed(device):
         os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # ninja of an environment not activated
         missing = [tool for tool in (os.environ.get("CXX", "g++"), "ninja") if not shutil.which(tool)]
         if missing:
-            raise InputError(f"on a CPU DeepSpeed compiles its communication and needs {' and '.join(missing)}: install "
-                             "a C++ compiler (on Debian: apt-get install g++) and ninja (pip install ninja)")
+            raise InputError(f"DeepSpeed compiles its communication on a CPU and needs {' and '.join(missing)}: "
+                             "install a C++ compiler (on Debian: apt-get install g++) and ninja (pip install ninja)")
         if "OMP_NUM_THREADS" not in os.environ:
             processes = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))

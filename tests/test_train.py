@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT
+from conftest import FIXTURES, ROOT, tiny_model
 
 from model import VisualChat
 
@@ -55,14 +55,14 @@ def test_processes_accumulation_and_zero_make_no_difference(folder):
     """The loss is the mean over the trained tokens of the global batch, however it is cut; a mean of means is another.
 
     The last batch of an epoch holds too few samples for both processes, some micro-batches hold no picture."""
-    common = ["--datasets", "llava_dial", "--concatenate", "1", "--batch_size", "8", "--epochs", "3", "--eval_fraction", "0.2",
+    common = ["--datasets", "llava_dial", "--concatenate", "1", "--batch_size", "8", "--epochs", "2", "--eval_fraction", "0.2",
               "--learning_rate", "0.02", "--embedding_learning_rate", "0.01", "--overwrite"]
     one = run(folder, *common, "--micro_batch_size", "8", "--zero_stage", "0")
-    assert [line["step"] for line in one if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in one if "loss" in line] == [1, 2, 3, 4]
     assert one[0].keys() == {"step", "epoch", "loss", "learning_rate", "tokens", "trained_tokens", "tokens_per_second", "seconds"}
     assert losses(one)[-1] < 0.9 * losses(one)[0], "it learns"
     evaluations = [line for line in one if "eval_loss" in line]
-    assert len(evaluations) == 3 and all(0 <= line["eval_exact"] <= 1 for line in evaluations)
+    assert len(evaluations) == 2 and all(0 <= line["eval_exact"] <= 1 for line in evaluations)
     for two, flags in ((False, ["--micro_batch_size", "1", "--zero_stage", "0"]), (True, ["--micro_batch_size", "4"]),
                        (True, ["--micro_batch_size", "1", "--zero_stage", "2"])):
         other = run(folder, *common, *flags, two=two)
@@ -71,12 +71,9 @@ def test_processes_accumulation_and_zero_make_no_difference(folder):
             assert abs(a["eval_loss"] - b["eval_loss"]) < 2e-5 and a["eval_exact"] == b["eval_exact"]
         assert [line["trained_tokens"] for line in other if "loss" in line] == [line["trained_tokens"] for line in one if "loss" in line]
     model = VisualChat.from_pretrained(folder / "out/best")
-    before = torch.nn.Module.named_parameters
-    frozen = VisualChat.from_pretrained(folder / "out/epoch-1")
-    for (name, a), (_, b) in zip(before(model), before(frozen)):
-        trained = name.startswith("projection") or "embed_tokens" in name
-        best = os.readlink(folder / "out/best")
-        assert torch.equal(a, b) != (trained and best != "epoch-1"), name
+    for (name, trained), (_, base) in zip(model.named_parameters(), tiny_model().named_parameters()):
+        recipe = name.startswith("projection") or name == "language_model.model.embed_tokens.weight"
+        assert recipe != torch.equal(trained, base), f"{name}: the recipe trains embedding and projection, nothing else"
 
 
 def test_cross_attention_with_two_processes(folder):
@@ -119,7 +116,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(folder):
     model = folder / "out/best"
     model.mkdir()
     assert "already holds a run" in run(folder, *base, fails=True)
-    assert "lies in --out" in run(folder, *base, "--overwrite", "--data_path", model, fails=True) and model.exists()
+    assert "lies in --out" in run(folder, *base, "--overwrite", "--vision_model", model, fails=True) and model.exists()
     assert "holds no model" in run(folder, *base, "--overwrite", "--vision_model", folder, fails=True) and model.exists()
     model.rmdir()
     no_compiler = run(folder, *base, fails=True, PATH="/nowhere", CXX="no-such-compiler")
