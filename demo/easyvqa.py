@@ -11,6 +11,7 @@ The train part (4,000 pictures of 64 x 64, 38,575 questions, 13 answers) becomes
     llava/detail_23k.json                     a description of each of these, put together from the published answers
     llava/complex_reasoning_77k.json          one sample a picture as published: its last question
     llava/conversation_58k.json               every question about each of these, a round each
+    alone/llava/conversation_58k.json         one question about each of these, as the test part asks: without rounds before it
 
 and the official test part (1,000 pictures, 9,673 questions) becomes
 
@@ -75,18 +76,24 @@ def main(wheel, out):
     out, archive = Path(out), zipfile.ZipFile(wheel)
     for folder in ("coco/train2017", "coco/test2017", "llava"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    train, files = questions_of(archive, "train"), {"detail_23k": [], "complex_reasoning_77k": [], "conversation_58k": []}
+    (out / "alone/llava").mkdir(parents=True, exist_ok=True)
+    if not (out / "alone/coco").is_symlink():
+        (out / "alone/coco").symlink_to("../coco")
+    files = {"llava/detail_23k": [], "llava/complex_reasoning_77k": [], "llava/conversation_58k": [],
+             "alone/llava/conversation_58k": []}
+    train = questions_of(archive, "train")
     for image, rounds in train.items():
         picture = Image.open(io.BytesIO(archive.read(f"easy_vqa/data/train/images/{image}.png"))).convert("RGB")
         for n in range(VARIANTS):
             name, variant = f"{n}{image:011d}.png", moved(picture, random.Random(f"{image} {n}")) if n else picture
             (ImageOps.mirror(variant) if n % 2 else variant).save(out / "coco/train2017" / name)
-            files["conversation_58k"].append(record(name, rounds))
+            files["llava/conversation_58k"].append(record(name, rounds))
+            files["alone/llava/conversation_58k"].append(record(name, [rounds[n % len(rounds)]]))
             if description(rounds):
-                files["detail_23k"].append(record(name, [("what does the image show?", description(rounds))]))
-        files["complex_reasoning_77k"].append(record(f"0{image:011d}.png", rounds[-1:]))
+                files["llava/detail_23k"].append(record(name, [("what does the image show?", description(rounds))]))
+        files["llava/complex_reasoning_77k"].append(record(f"0{image:011d}.png", rounds[-1:]))
     for name, records in files.items():
-        (out / "llava" / f"{name}.json").write_text(json.dumps(records))
+        (out / f"{name}.json").write_text(json.dumps(records))
     script, answers = {}, []
     for image, rounds in questions_of(archive, "test").items():
         (out / f"coco/test2017/{image:012d}.png").write_bytes(archive.read(f"easy_vqa/data/test/images/{image}.png"))
