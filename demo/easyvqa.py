@@ -11,7 +11,9 @@ The train part (4,000 pictures of 64 x 64, 38,575 questions, 13 answers) becomes
     llava/detail_23k.json                     a description of each of these, put together from the published answers
     llava/complex_reasoning_77k.json          one sample a picture as published: its last question
     llava/conversation_58k.json               every question about each of these, a round each
-    alone/llava/conversation_58k.json         one question about each of these, as the test part asks: without rounds before it
+    alone/llava/conversation_58k.json         one question about each of these, as the test part asks, without rounds before
+                                              it; every other one names what is seen: as published, seven of eight colours
+                                              asked for are not there, and a model can live by answering so
 
 and the official test part (1,000 pictures, 9,673 questions) becomes
 
@@ -52,12 +54,18 @@ def record(name, rounds):
     return {"id": name[:-4], "image": name, "conversations": turns}
 
 
+def true(question_and_answer):
+    """Whether what a yes-or-no question names is in the picture: yes to "is there", no to "is there not" """
+    question, answer = question_and_answer
+    return (answer == "no") == bool({"no", "not"} & set(question.rstrip("?").split()))
+
+
 def description(rounds):
     """"a red circle": what the answers about a picture say of its only shape, or None if they do not say enough"""
     said = set()
     for question, answer in rounds:
         words = question.rstrip("?").split()
-        said.update({answer} | set(words) if words[0] == "what" else words if (answer == "no") == bool({"no", "not"} & set(words)) else ())
+        said.update({answer} | set(words) if words[0] == "what" else words if true((question, answer)) else ())
     colour, shape = said & set(COLOURS), said & set(SHAPES)
     return f"a {colour.pop()} {shape.pop()}" if len(colour) == len(shape) == 1 else None
 
@@ -88,7 +96,8 @@ def main(wheel, out):
             name, variant = f"{n}{image:011d}.png", moved(picture, random.Random(f"{image} {n}")) if n else picture
             (ImageOps.mirror(variant) if n % 2 else variant).save(out / "coco/train2017" / name)
             files["llava/conversation_58k"].append(record(name, rounds))
-            files["alone/llava/conversation_58k"].append(record(name, [rounds[n % len(rounds)]]))
+            asked = [r for r in rounds if r[1] in ("yes", "no") and true(r)] if n % 2 else rounds
+            files["alone/llava/conversation_58k"].append(record(name, [(asked or rounds)[n % len(asked or rounds)]]))
             if description(rounds):
                 files["llava/detail_23k"].append(record(name, [("what does the image show?", description(rounds))]))
         files["llava/complex_reasoning_77k"].append(record(f"0{image:011d}.png", rounds[-1:]))
