@@ -59,7 +59,7 @@ def bench_mmca(args):
                      "MMCA, the formula word for word": both(lambda: attend_explicit(q, k, v, M)),
                      "making the pattern (once a forward, for all layers)": lambda: pattern(modality, modality)}
         causal, *others = medians(list(functions.values()), args.rounds)
-        texts, images = (modality == TEXT).sum(1), (modality == IMAGE).sum(1)
+        texts = (modality == TEXT).sum(1)
         seen = ((modality == IMAGE).cumsum(1) * (modality == TEXT)).sum(1)
         pairs = (texts * (texts + 1) / 2 + seen).sum() / (len(rows) * T * (T + 1) / 2)
         print(f"\n{name}: B {len(rows)}, T {T}; pairs that MMCA counts: {pairs:.2f} of causal attention's")

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import mmca
 from mmca import IMAGE, PAD, TEXT, attend, attend_explicit, attention_matrix, pattern
 
 ROOT = Path(__file__).parent.parent
@@ -169,4 +168,3 @@ def test_command_draws_m_of_a_given_sequence():
     out = subprocess.run([sys.executable, "mmca.py", "a b <image> c"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     rows = [line.split()[-4:] for line in out.splitlines() if line.startswith(("a ", "b ", "I-token1 ", "c "))]
     assert rows == [list("1···"), list("11··"), list("··1·"), list("1121")]
-    assert mmca.main.__doc__

@@ -7,7 +7,7 @@ import torch
 from conftest import FIXTURES, all_logits, sequence, tiny_model
 from safetensors.torch import load_file, save_file
 
-from mmca import IMAGE, TEXT
+from mmca import IMAGE, TEXT, pattern
 from model import KVCache, LlamaConfig, VisualChat, load_llama, load_vit, rotary, rotate, save_weights
 from vision import InputError
 
@@ -196,10 +196,9 @@ def test_what_the_decoder_keeps_for_a_picture_depends_on_the_picture_alone():
 
 
 def test_added_layers_are_the_second_term_with_weights_of_their_own():
-    model, (ids, modality) = tiny_model("cross"), sequence("TTITIT")
+    model, (_, modality) = tiny_model("cross"), sequence("TTITIT")
     layer, x = model.cross_attention[0], torch.randn(1, 4, 64)
     features = torch.randn(1, 34, 64)
-    from mmca import pattern
     out = layer(x, features.flip(1), pattern(modality, modality, "cross"))
     normed = layer.norm(x)
     for t, seen in enumerate([0, 0, 17, 34]):
