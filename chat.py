@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data import Tokenizer, Turn, encode
+from data import Tokenizer, Turn, encode, printable
 from mmca import TEXT
 from model import KVCache, VisualChat, choose_device
 from vision import InputError, load_image, preprocess, read_json
@@ -105,18 +105,14 @@ def stream(tokens, tokenizer):
     ids, said = [], ""
     for token in tokens:
         ids.append(token)
-        text = _printable(tokenizer.decode(ids))
+        text = printable(tokenizer.decode(ids))
         whole = text.rstrip("\ufffd")  # the last character may still lack bytes
         if len(whole) > len(said):
             yield whole[len(said):]
             said = whole
-    text = _printable(tokenizer.decode(ids)) if ids else ""
+    text = printable(tokenizer.decode(ids)) if ids else ""
     if text[len(said):]:
         yield text[len(said):]
-
-
-def _printable(text):
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
 
 
 def attachments(line):

@@ -1,23 +1,39 @@
-"""Conversations: template, tokens, data sets, concatenation, batches.
+"""Conversations: template, tokens, data sets, blending, batches.
 
 This file explains how a conversation about pictures becomes numbers: the template (the DeepSpeed-VisualChat post,
-section 6), tokens, labels and modality side by side (`encode`), readers of published data sets (`DATASETS`), how
-single pictures become multi-picture, multi-round samples (section 4.1, `concatenate`), and batches (`collate`). Not
-here: how a picture is opened (vision.py), what the model does with the batch (model.py).
+section 6), tokens, labels and modality side by side (`encode`), the published data sets, each read by one function
+(`DATASETS`), how multi-picture, multi-round samples are made of them (sections 4.1 and 4.2: `concatenate`,
+`blend_llava_otter`), and batches (`collate`). `python data.py --show 3 ...` prints what the model sees. Not here: how a
+picture is opened (vision.py), what the model does with the batch (model.py).
 
 Shapes: B batch, T tokens, N images in the batch, P tokens of an image, S pixels a side.
 """
+import argparse
+import collections
+import contextlib
+import functools
 import io
+import itertools
+import json
+import os
+import pickle
 import random
 import re
-from dataclasses import dataclass, field
+import statistics
+import sys
+from array import array
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 import torch
+from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
 
 from mmca import IMAGE, PAD, TEXT
-from vision import InputError, load_image, preprocess, read_json
+from vision import InputError, ViTConfig, load_image, preprocess, read_json
 
 SYSTEM = "You are a powerful vision-language assistant."
 
@@ -141,75 +157,315 @@ def encode(conversation, tokenizer, image_tokens, shown=None, max_length=None, m
     return Example(*map(torch.tensor, (ids, labels, modality)), images)
 
 
-# ---- data sets: each reader takes the data folder and returns conversations ----------------------------------------
+# ---- data sets -----------------------------------------------------------------------------------------------------
+# A reader takes the data folder (and --out, for an index that the data folder does not take) and yields, for each
+# conversation, a draft: a function of a random.Random that returns the list of Turn, so that what may be chosen (a
+# wording, a caption, an order) is chosen anew each epoch. A record that it leaves out is a text instead, "id: why".
 
-COCO = "the COCO pictures (train2017.zip of cocodataset.org)"
-LLAVA = "the LLaVA-Instruct-150K files (liuhaotian/LLaVA-Instruct-150K on Hugging Face)"
+MAX_IMAGES = 8  # of one conversation, as in the original; also the default of --max_images
+COCO = "train2017.zip of cocodataset.org"
+LLAVA = "LLaVA-Instruct-150K (liuhaotian/LLaVA-Instruct-150K on Hugging Face)"
+MIMICIT = "MIMIC-IT (pufanyi/MIMICIT on Hugging Face)"
+SPARKLES = "SparklesDialogue (HYPJUDY/Sparkles on Hugging Face)"
+MINIGPT4 = "MiniGPT-4's second stage (cc_sbu_align.zip, linked in Vision-CAIR/MiniGPT-4 on GitHub)"
+DESCRIBE = ["Please describe this image.", "What does this image show?", "Write a caption for this image.",
+            "Give this image a fitting title.", "Tell me what you see here.", "Summarize the content of the image.",
+            "What is going on in this picture?", "How would you describe this picture to somebody who cannot see it?"]
+REASON = ["Why?", "Please say why.", "What is the reason?", "How do you know?", "Explain your answer.",
+          "Give reasons for your answer."]
 
 
-def _records(file, source):
-    """The list in a JSON file of a data set; InputError that says where to get it if it is missing"""
+def _one_of(conversations, rng):
+    return rng.choice(conversations)
+
+
+def _shuffled(rounds, pictures, rng):
+    first, *others = rng.sample(rounds, len(rounds))
+    return [replace(first, images=pictures), *others]
+
+
+def _wrong(value, shape):
+    """How a JSON value differs from a shape, None if it does not. A shape is a type, a tuple of types, [shape] for a
+    list, or a dict for an object with these fields; "name?" may be missing, ... stands for all of its fields."""
+    kind, parts = shape if isinstance(shape, (type, tuple)) else type(shape), []
+    if not isinstance(value, kind):
+        return f": {str(value)[:40]!r} is no {getattr(kind, '__name__', 'str or int')}"
+    if isinstance(shape, list):
+        parts = ((i, item, shape[0]) for i, item in enumerate(value))
+    elif isinstance(shape, dict):
+        for name in shape:
+            if name is not ... and name[-1] != "?" and name not in value:
+                return f" has no {name!r}"
+        rest = shape.get(..., object)
+        parts = ((name, item, shape.get(name, shape.get(f"{name}?", rest))) for name, item in value.items())
+    return next((f"[{name!r}]{wrong}" for name, item, inner in parts if (wrong := _wrong(item, inner))), None)
+
+
+def _read(file, source, shape):
+    """The content of a data set's JSON file; InputError with the index of a record that is not of the shape"""
     if not file.exists():
-        raise InputError(f"{file} is missing: {source} belong there")
-    return read_json(file, list)
+        raise InputError(f"{file} is missing: that of {source} belongs there")
+    content = read_json(file, type(shape))
+    if wrong := _wrong(content, shape):
+        raise InputError(f"{file}{wrong}: not the form of {source}")
+    return content
+
+
+def _pictures(folder, source):
+    """The path of a folder of pictures; InputError that says where to get it"""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is missing: the pictures of {source} belong there")
+    return str(folder)
+
+
+@functools.cache
+def _listing(folder):
+    return set(os.listdir(folder)) if os.path.isdir(folder) else set()
 
 
 def _clean(text):
     """A question without picture markers, its white space single blanks"""
-    return " ".join(text.replace("<image>", " ").split())
+    return " ".join(text.replace("<image>", "").split())
 
 
-def _llava_conversations(folder, name):
-    """One conversation for each record of folder/llava/NAME: human and gpt in turn, the picture where its marker is."""
-    file, pictures = folder / "llava" / name, folder / "coco" / "train2017"
-    conversations = []
-    for index, record in enumerate(_records(file, LLAVA)):
-        try:
-            picture, messages = str(pictures / record["image"]), record["conversations"]
-            said = [(m["value"], m["from"]) for m in messages]
-            if any(not isinstance(text, str) or who != ("human", "gpt")[n % 2] for n, (text, who) in enumerate(said)):
-                raise InputError(f"{file}: record {index}: the texts of human and gpt should take turns")
-            conversations.append([Turn(_clean(human), gpt, [picture] if "<image>" in human else [])
-                                  for (human, _), (gpt, _) in zip(said[::2], said[1::2])])
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{file}: record {index} is not that of LLaVA: {error} not found") from error
-    if not pictures.is_dir():
-        raise InputError(f"{pictures} is missing: {COCO} belong there")
-    return conversations
+def _llava(folder, name):
+    """One of LLaVA's files -> for each record its picture and its rounds."""
+    file, pictures = folder / "llava" / name, _pictures(folder / "coco/train2017", COCO)
+    shape = [{"image": str, "conversations": [{"from": str, "value": str}]}]
+    for index, record in enumerate(_read(file, LLAVA, shape)):
+        said, picture = record["conversations"], f"{pictures}/{record['image']}"
+        if any(message["from"] != ("human", "gpt")[n % 2] for n, message in enumerate(said)):
+            raise InputError(f"{file}[{index}]: human and gpt should take turns")
+        yield picture, [Turn(_clean(q["value"]), a["value"], [picture] if "<image>" in q["value"] else [])
+                        for q, a in zip(said[::2], said[1::2])]
 
 
-def llava(folder):
+def llava(folder, out):
     """LLaVA's detailed descriptions and complex reasoning: one picture, one round."""
-    both = (_llava_conversations(folder, name) for name in ("detail_23k.json", "complex_reasoning_77k.json"))
-    return [conversation[:1] for conversations in both for conversation in conversations]
+    for name in ("detail_23k.json", "complex_reasoning_77k.json"):
+        for _, rounds in _llava(folder, name):
+            yield partial(_one_of, [rounds[:1]])
 
 
-def llava_dial(folder):
+def llava_dial(folder, out):
     """LLaVA's conversations: one picture, several rounds."""
-    return _llava_conversations(folder, "conversation_58k.json")
+    for _, rounds in _llava(folder, "conversation_58k.json"):
+        yield partial(_one_of, [rounds])
 
 
-DATASETS = {"llava": llava, "llava_dial": llava_dial}
+def _described(picture, captions):
+    return partial(_one_of, [[Turn(request, caption, [picture])] for request in DESCRIBE for caption in captions])
+
+
+def minigpt4(folder, out):
+    """MiniGPT-4's second stage: one picture and its description, asked for in changing words."""
+    pictures = _pictures(folder / "cc_sbu_align/image", MINIGPT4)
+    shape = {"annotations": [{"image_id": str, "caption": str}]}
+    for record in _read(folder / "cc_sbu_align/filter_cap.json", MINIGPT4, shape)["annotations"]:
+        yield _described(f"{pictures}/{record['image_id']}.jpg", [record["caption"]])
+
+
+def coco_caption(folder, out):
+    """COCO's captions, five or so a picture, of which one is drawn."""
+    pictures = _pictures(folder / "coco/2014", "train2014.zip and val2014.zip of cocodataset.org, both together,")
+    shape = {"images": [{"filename": str, "sentences": [{"raw": str}]}]}
+    source = "Karpathy's split (dataset_coco.json of caption_datasets.zip)"
+    for record in _read(folder / "coco_caption/dataset.json", source, shape)["images"]:
+        yield _described(f"{pictures}/{record['filename']}", [sentence["raw"] for sentence in record["sentences"]])
+
+
+def aokvqa(folder, out):
+    """A-OKVQA: a question that takes knowledge, a request for the reason, the right choice and all reasons."""
+    pictures, source = _pictures(folder / "coco/train2017", COCO), "A-OKVQA (aokvqa_v1p0.tar.gz of allenai/aokvqa)"
+    file = folder / "aokvqa/annotations/aokvqa_v1p0_train.json"
+    shape = [{"image_id": int, "question": str, "choices": [str], "correct_choice_idx": int, "rationales": [str]}]
+    for index, record in enumerate(_read(file, source, shape)):
+        choices, right = record["choices"], record["correct_choice_idx"]
+        if not 0 <= right < len(choices):
+            raise InputError(f"{file}[{index}]: correct_choice_idx is none of the choices")
+        answer = f"The answer is {choices[right]}. Because {' '.join(record['rationales'])}"
+        picture = f"{pictures}/{record['image_id']:012}.jpg"
+        yield partial(_one_of, [[Turn(f"{record['question']} {why}", answer, [picture])] for why in REASON])
+
+
+def ocr_vqa(folder, out):
+    """OCR-VQA: the cover of a book, one of the questions about it. Placeholders one pixel wide or high are left out."""
+    source = "OCR-VQA (ocr-vqa.github.io)"
+    pictures = _pictures(folder / "OCR_VQA/images", source)
+    shape = {...: {"imageURL": str, "questions": [str], "answers": [str]}}
+    for key, record in _read(folder / "OCR_VQA/dataset.json", source, shape).items():
+        name = key + os.path.splitext(record["imageURL"])[1]
+        size, picture = None, f"{pictures}/{name}"
+        if name in _listing(pictures) and os.path.getsize(picture) < 10_000:  # a larger file is no placeholder
+            with contextlib.suppress(InputError):  # a broken one is replaced when its turn comes
+                size = load_image(picture).size
+        if size and min(size) == 1:
+            yield f"{key}: picture of {size[0]} x {size[1]} pixels"
+        else:
+            yield partial(_one_of, [[Turn(q, a, [picture])] for q, a in zip(record["questions"], record["answers"])])
+
+
+def _groups(folder, name, choose):
+    """One of MIMIC-IT's instruction files -> (rounds, pictures) of each group of related instructions, or "id: why".
+
+    An instruction that is still unused leads a group; those that it names and that are still unused join it. choose:
+    the leader's image_ids -> pictures, or a text that says why it is left out; then its relatives stay unused."""
+    shape = {"data": {...: {"instruction": str, "answer": str, "image_ids": [str], "rel_ins_ids": [str]}}}
+    data, used = _read(folder / f"MIMIC-IT/{name}_instructions.json", MIMICIT, shape)["data"], set()
+    for leader, record in data.items():
+        if leader in used:
+            continue
+        used.add(leader)
+        pictures = choose(record["image_ids"])
+        if isinstance(pictures, str):
+            yield f"{leader}: {pictures}"
+            continue
+        members = [m for m in dict.fromkeys(record["rel_ins_ids"]) if m in data and m not in used]
+        used.update(members)
+        yield [Turn(_clean(data[m]["instruction"]), data[m]["answer"]) for m in [leader, *members]], pictures
+
+
+def _mimicit(name, folder, out):
+    """One of MIMIC-IT's sets: pairs or sequences of pictures, rounds about them in any order. CGD's are COCO's; those
+    of SD (two photographs of a scene), SN (rooms), TVC (films) and VST (stories) lie inside a JSON file."""
+    if name == "CGD":
+        coco = _pictures(folder / "coco/train2017", COCO)
+    else:
+        file = folder / f"MIMIC-IT/{name}.json"
+        index = _picture_index(file, out)
+
+    def choose(ids):
+        if name == "CGD":
+            return [f"{coco}/{i.removeprefix('CGD_IMG_')}.jpg" for i in ids]
+        found = [(str(file), *index[i]) for i in ids if i in index]
+        if not found:
+            return "none of its pictures is in the picture file"
+        return f"{len(found)} pictures" if name != "SD" and len(found) > MAX_IMAGES else found
+
+    for group in _groups(folder, name, choose):
+        yield group if isinstance(group, str) else partial(_shuffled, *group)
+
+
+def _picture_index(file, out):
+    """Where the pictures of a JSON object {id: base64} lie: id -> [offset, length]. The file is read through once, in
+    blocks; the result is kept beside it, or in `out` where its folder cannot be written."""
+    if not file.exists():
+        raise InputError(f"{file} is missing: the pictures of {MIMICIT} belong there")
+    version = [file.stat().st_size, file.stat().st_mtime_ns]
+    places = [file.with_name(f"{file.name}.index"), out / f"{file.name}.index"]
+    for place in filter(Path.exists, places):
+        kept = read_json(place)
+        if kept.get("version") == version:
+            return kept["pictures"]
+    quotes, pictures, end = array("Q"), {}, 0  # the positions of all quotation marks: base64 holds none, nor do ids
+    with open(file, "rb") as source, tqdm(desc=f"index of {file}", total=version[0], unit="B", unit_scale=True,
+                                          delay=1) as bar:
+        while block := source.read(1 << 24):
+            found = np.flatnonzero(np.frombuffer(block, np.uint8) == ord('"')) + bar.n
+            quotes.frombytes(found.astype(np.uint64).tobytes())
+            bar.update(len(block))
+        for start, stop in zip(quotes[2::4], quotes[3::4]):
+            source.seek(end)
+            before = re.fullmatch(rb'\s*[{,]\s*("[^"]*")\s*:\s*"', source.read(min(start + 1 - end, 9999)))
+            if not before:
+                raise InputError(f'{file} is no JSON object of "id": "base64": broken at byte {end}')
+            pictures[json.loads(before[1])] = [start + 1, stop - start - 1]
+            end = stop + 1
+        source.seek(end)
+        if len(quotes) % 4 or source.read(9999).strip() not in (b"}", b"{}"):
+            raise InputError(f"{file} breaks off or goes wrong behind byte {end}: was it downloaded whole?")
+    for place in places:
+        unfinished = place.with_name(f".{place.name}.{os.getpid()}")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.write_text(json.dumps({"version": version, "pictures": pictures}))
+            unfinished.replace(place)
+            return pictures
+        except OSError as error:
+            failed = error
+    raise InputError(f"the index of {file} cannot be written, beside it or in {out}: {failed}") from failed
+
+
+STYLES = [[f"image {c}" for c in "abcdefgh"], [f"image {c}" for c in "ABCDEFGH"],
+          [f"the {n} image" for n in "first second third fourth fifth sixth seventh eighth".split()]]
+
+
+def _sparkles(rounds, style):
+    """rounds: (user's text, assistant's text, ids, pictures); a picture that has been shown is called by its name."""
+    names, conversation = {}, []
+    for user, assistant, ids, pictures in rounds:
+        for i in ids:
+            names.setdefault(i, style[len(names)])
+        known, texts = "|".join(map(re.escape, names)), []
+        for text in (" ".join(user.replace("<Img><ImageHere></Img>", "").split()), assistant):
+            text = re.sub(rf"IMAGE#({known})(?!\w)", lambda m: names.get(m[1], m[0]), text, flags=re.ASCII)
+            texts.append(re.sub(r"(^|[.?!][ \n])(\w)", lambda m: m[1] + m[2].upper(), text))
+        conversation.append(Turn(*texts, pictures))
+    return conversation
+
+
+def sparkles_dialogue(folder, out):
+    """SparklesDialogue: several pictures over several rounds, named in the text as "image a", "the first image", ..."""
+    shape = [{"dialogue": [{"role": str, "content": str, "images?": [{"image_id": (str, int)}]}]}]
+    for source in ("SparklesDialogueCC", "SparklesDialogueVG"):
+        pictures = _pictures(folder / source / "images", SPARKLES)
+        for index, record in enumerate(_read(folder / source / f"annotations/{source}.json", SPARKLES, shape)):
+            said, place = record["dialogue"], f"{source}[{index}]"
+            ids = [[str(image["image_id"]) for image in message.get("images", [])] for message in said]
+            paths = [[f"{pictures}/{i}.jpg" for i in part] for part in ids]
+            shown = [os.path.basename(path) for part in paths for path in part]
+            if len(said) % 2:
+                yield f"{place}: odd number of messages"
+            elif any(message["role"] != ("user", "assistant")[n % 2] for n, message in enumerate(said)):
+                yield f"{place}: roles do not alternate, user first"
+            elif not _listing(pictures).issuperset(shown):
+                yield f"{place}: a picture file is missing"
+            elif len(shown) > MAX_IMAGES:
+                yield f"{place}: {len(shown)} pictures"
+            else:
+                texts = [message["content"] for message in said]
+                rounds = list(zip(texts[::2], texts[1::2], ids[::2], paths[::2]))
+                yield partial(_one_of, [_sparkles(rounds, style) for style in STYLES])
+
+
+def llava_otter_blend(folder, out):
+    """CGD's pairs, each after what LLaVA says about its pictures; a pair needs it for all pictures but the last."""
+    about, coco = collections.defaultdict(list), _pictures(folder / "coco/train2017", COCO)
+    for name in ("detail_23k.json", "complex_reasoning_77k.json", "conversation_58k.json"):
+        for picture, rounds in _llava(folder, name):
+            if rounds:
+                about[picture].append(rounds)
+
+    def choose(ids):
+        pictures = [f"{coco}/{i.removeprefix('CGD_IMG_')}.jpg" for i in ids]
+        known = all(picture in about for picture in pictures[:-1])
+        return pictures if known else "a picture before the last one has no LLaVA conversation"
+
+    for group in _groups(folder, "CGD", choose):
+        if isinstance(group, str):
+            yield group
+        else:
+            yield partial(blend_llava_otter, *group, [about.get(picture, []) for picture in group[1]])
+
+
+def own(file, folder, out):
+    """Your own conversations: a JSON list of lists of {"images": [...], "question": "...", "answer": "..."}, one object
+    for each round; paths of pictures are relative to the file."""
+    file = Path(file)
+    for rounds in _read(file, "--datasets", [[{"question": str, "answer": str, "images?": [str]}]]):
+        yield partial(_one_of, [[Turn(r["question"], r["answer"], [str(file.parent / i) for i in r.get("images", [])])
+                                 for r in rounds]])
+
+
+DATASETS = {
+    "llava": llava, "llava_dial": llava_dial,
+    **{f"otter_mimicit_{name.lower()}": partial(_mimicit, name) for name in ("CGD", "SD", "SN", "TVC", "VST")},
+    "llava_otter_blend": llava_otter_blend, "sparkles_dialogue": sparkles_dialogue,  # the nine of the post
+    "minigpt4": minigpt4, "coco_caption": coco_caption, "ocr_vqa": ocr_vqa, "aokvqa": aokvqa}
 CONCATENATE = {"llava": 3, "llava_dial": 2}  # the factors of the original's script
 
 
-def read_dataset(name, folder, samples, seed):
-    """The conversations of a data set by name, all of them (samples None) or so many drawn by seed."""
-    if name not in DATASETS:
-        raise InputError(f"data set {name!r} is not known; the known ones are {', '.join(DATASETS)}")
-    conversations = DATASETS[name](Path(folder))
-    if samples is not None and samples < len(conversations):
-        conversations = random.Random(f"samples {seed} {name}").sample(conversations, samples)
-    return conversations
-
-
-def hold_out(conversations, fraction, seed):
-    """Split off a share of the conversations for evaluation, by seed -> (training, held out), each in its order."""
-    count = len(conversations)
-    chosen = set(random.Random(f"hold out {seed}").sample(range(count), round(fraction * count)))
-    return ([c for i, c in enumerate(conversations) if i not in chosen],
-            [c for i, c in enumerate(conversations) if i in chosen])
-
+# ---- from data sets to samples -------------------------------------------------------------------------------------
 
 def concatenate(conversations, factor, rng):
     """Simple concatenation (the post, 4.1): shuffle, and join groups of 1 to `factor`, their sizes drawn uniformly.
@@ -223,20 +479,116 @@ def concatenate(conversations, factor, rng):
     return groups
 
 
-def epoch_samples(sets, factors, seed, epoch):
-    """All samples of one epoch, grouped and shuffled anew by (seed, epoch). sets: a list of lists of conversations."""
-    rng = random.Random(f"epoch {seed} {epoch}")
-    samples = [group for part, factor in zip(sets, factors) for group in concatenate(part, factor, rng)]
-    rng.shuffle(samples)
-    return samples
+def blend_llava_otter(rounds, pictures, about, rng):
+    """LLaVA-Otter blending (the post, 4.2): some conversations about each picture by itself, then rounds about all.
+
+    rounds: those about all pictures, without pictures; about: for each picture a list of conversations. At least one
+    conversation of each list, of the last also none, and at least one round are drawn by rng, a random.Random. Each
+    picture is shown once, in order: with its first conversation, or with the first round. Returns a conversation."""
+    blended, unseen = [], list(pictures)
+    for n, (picture, conversations) in enumerate(zip(pictures, about), 1):
+        chosen = rng.sample(conversations, rng.randint(n < len(pictures), len(conversations)))
+        if chosen:
+            own = [replace(turn, images=[]) for conversation in chosen for turn in conversation]
+            blended += [replace(own[0], images=[picture]), *own[1:]]
+            unseen.remove(picture)
+    chosen = rng.sample(rounds, rng.randint(1, len(rounds)))
+    return blended + [replace(chosen[0], images=unseen), *chosen[1:]]
+
+
+class Packed:
+    """A list kept in one block of bytes, pickled item by item: the workers that read pictures share it after a fork,
+    where the reference counts of ordinary objects would copy page after page."""
+
+    def __init__(self, items):
+        self.ends, parts = array("Q", [0]), io.BytesIO()
+        for item in items:
+            pickle.dump(item, parts)
+            self.ends.append(parts.tell())
+        self.block = parts.getvalue()
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, index):
+        return pickle.loads(memoryview(self.block)[self.ends[index]:self.ends[index + 1]])
+
+
+@dataclass
+class DataSet:
+    """A data set as it is used: its drafts, the factor of concatenation, what the reader left out and why, and missing:
+    index of a draft -> its first picture that lies in no folder."""
+    name: str
+    drafts: Packed
+    factor: int
+    left_out: list
+    missing: dict
+
+
+def read_datasets(args):
+    """What --datasets, --samples and --concatenate ask for -> list of DataSet, or InputError.
+
+    Missing pictures are found by listing folders; none is opened."""
+    names = args.datasets
+    for name in names:
+        if name not in DATASETS and not name.endswith(".json"):
+            raise InputError(f"data set {name!r} is not known; the known ones are {', '.join(DATASETS)}, and your own "
+                             "as path/to/conversations.json")
+    factors, amounts, sets = args.concatenate or [CONCATENATE.get(name, 1) for name in names], args.samples, []
+    for flag, values in (("--concatenate", factors), ("--samples", amounts)):
+        if len(values) not in (1, len(names)):
+            raise InputError(f"{flag} has {len(values)} values for {len(names)} data sets; give one, or one for each")
+    for name, factor, amount in zip(names, itertools.cycle(factors), itertools.cycle(amounts)):
+        found = list(DATASETS.get(name, partial(own, name))(args.data_path, args.out))
+        left_out = [text for text in found if isinstance(text, str)]
+        drafts = [draft for draft in found if not isinstance(draft, str)]
+        if amount != "all" and amount < len(drafts):
+            drafts = random.Random(f"samples {args.seed} {name}").sample(drafts, amount)
+        missing = {}
+        for index, draft in enumerate(drafts):
+            for picture in (picture for turn in draft(random.Random(0)) for picture in turn.images):
+                if isinstance(picture, str) and os.path.basename(picture) not in _listing(os.path.dirname(picture)):
+                    missing.setdefault(index, picture)
+        sets.append(DataSet(name, Packed(drafts), factor, left_out, missing))
+    _listing.cache_clear()
+    return sets
+
+
+def hold_out(count, fraction, seed):
+    """Split the numbers below count -> (training, held out): a share of them drawn by seed, each part in order."""
+    chosen = set(random.Random(f"hold out {seed}").sample(range(count), round(fraction * count)))
+    return [i for i in range(count) if i not in chosen], sorted(chosen)
+
+
+class Epoch:
+    """All samples of one epoch, a sequence of conversations: grouped, shuffled and drawn by (seed, epoch) and the index
+    of each conversation in its set, by nothing else. parts: for each set, the indices that are used."""
+
+    def __init__(self, sets, parts, seed, epoch):
+        self.sets, self.seed, self.epoch = sets, seed, epoch
+        rng = random.Random(f"epoch {seed} {epoch}")
+        groups = [group for n, (data, part) in enumerate(zip(sets, parts))
+                  for group in concatenate([[(n, i)] for i in part], data.factor, rng)]
+        rng.shuffle(groups)
+        self.missing = [path for path in (next((sets[n].missing[i] for n, i in group if i in sets[n].missing), None)
+                                          for group in groups) if path]
+        self.groups = Packed(groups)
+
+    def __len__(self):
+        return len(self.groups)
+
+    def __getitem__(self, index):
+        return [turn for n, i in self.groups[index] for turn in
+                self.sets[n].drafts[i](random.Random(f"{self.seed} {self.epoch} {self.sets[n].name} {i}"))]
 
 
 # ---- batches -------------------------------------------------------------------------------------------------------
 
 class Samples(torch.utils.data.Dataset):
-    """Conversations as Examples with their pixels; None where no answer fits into max_length and max_images.
+    """Conversations -> (Example with its pixels, rounds left out, None), in a DataLoader's workers.
 
-    A picture that cannot be read comes back as the InputError itself, so that a worker's answer stays one sentence."""
+    The Example is None where no answer fits into max_length and max_images. A sample with a picture that cannot be read
+    is replaced by the next one, and the third is the sentence that says why."""
 
     def __init__(self, conversations, tokenizer, image_tokens, preprocessing, max_length, max_images):
         self.conversations, self.tokenizer, self.preprocessing = conversations, tokenizer, preprocessing
@@ -246,15 +598,18 @@ class Samples(torch.utils.data.Dataset):
         return len(self.conversations)
 
     def __getitem__(self, index):
-        example = encode(self.conversations[index], self.tokenizer, self.image_tokens,
-                         max_length=self.max_length, max_images=self.max_images)
-        if (example.labels == -100).all():
-            return example.left_out
-        try:
-            example.pixels = [preprocess(load_image(image), self.preprocessing) for image in example.images]
-        except InputError as error:
-            return error
-        return example
+        broken = None
+        for place in range(index, index + 100):  # so many in a row are not met where less than 1% is broken
+            example = encode(self.conversations[place % len(self)], self.tokenizer, self.image_tokens,
+                             max_length=self.max_length, max_images=self.max_images)
+            if (example.labels == -100).all():
+                return None, example.left_out, broken
+            try:
+                example.pixels = [preprocess(load_image(image), self.preprocessing) for image in example.images]
+                return example, example.left_out, broken
+            except InputError as error:
+                broken = broken or str(error)
+        return None, 0, broken
 
 
 def collate(examples):
@@ -277,3 +632,120 @@ def collate(examples):
     return {"input_ids": pad("input_ids", 0), "labels": pad("labels", -100), "modality": pad("modality", PAD),
             "pixels": torch.stack(list(distinct.values())) if distinct else torch.empty(0),      # (U, 3, S, S)
             "image_index": torch.tensor([index[i] for e in examples for i in e.images], dtype=torch.long)}  # (N)
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+
+def positive(text):
+    """A whole number from 1, for argparse"""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+
+def arguments(description):
+    """The flags that say what the model sees -> (parser, a function that adds one more); train.py adds its own"""
+    parser = argparse.ArgumentParser(description=description)
+
+    def add(flag, default=None, help="", **options):
+        said = help if default is None else f"{help} (default: %(default)s)"
+        parser.add_argument(flag, default=default, help=said, **options)
+
+    add("--language_model", type=Path, required=True, metavar="DIR", help="LLaMA-2 in Hugging Face layout")
+    add("--vision_model", type=Path, required=True, metavar="DIR", help="CLIP vision model in Hugging Face layout")
+    add("--data_path", type=Path, default=Path("data"), metavar="DIR", help="the folder that holds the data sets")
+    add("--datasets", nargs="+", default=["llava", "llava_dial"], metavar="NAME", help=f"of {', '.join(DATASETS)}, or "
+        "path/to/your_own.json")
+    add("--samples", nargs="+", type=lambda text: text if text == "all" else positive(text), default=["all"],
+        metavar="N|all", help="conversations of each set; one value serves all")
+    add("--concatenate", nargs="+", type=positive, metavar="N", help="join 1 to N conversations; one value serves all "
+        f"(default: the original's: {', '.join(f'{k} {v}' for k, v in CONCATENATE.items())}, others 1)")
+    add("--max_length", type=positive, default=4096, help="tokens of a sample; rounds beyond are left out whole")
+    add("--max_images", type=positive, default=MAX_IMAGES, help="pictures of a sample, in the same way")
+    add("--seed", type=int, default=1234, help="of every random choice")
+    add("--out", type=Path, default=Path("out"), metavar="DIR", help="where the results go")
+    return parser, add
+
+
+def printable(text):
+    """Text without the control characters that a terminal would obey"""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
+
+
+def render(example, tokenizer, colour=True):
+    """What the model sees as text: trained tokens coloured (or in brackets), pictures as <image 2: 256 tokens>"""
+    special, text, number = {tokenizer.bos: "<s>", tokenizer.eos: "</s>"}, "", 0
+    rows = zip(example.modality.tolist(), (example.labels != -100).tolist(), example.input_ids.tolist())
+    for (kind, trained, name), run in itertools.groupby(rows, key=lambda row: (*row[:2], special.get(row[2]))):
+        ids = [row[2] for row in run]
+        number += kind == IMAGE  # the heading of the next picture stands between two of them
+        said = f"<image {number}: {len(ids)} tokens>" if kind == IMAGE else name or printable(tokenizer.decode(ids))
+        text += said.join(("\x1b[32m", "\x1b[0m") if colour else "[]") if trained else said
+    return text
+
+
+def contact_sheet(samples, side=160):
+    """Lists of pictures -> one PIL picture: a row for each sample, its pictures with their numbers"""
+    sheet = Image.new("RGB", (side * max(1, *map(len, samples)), (side + 16) * len(samples)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, images in enumerate(samples):
+        for column, image in enumerate(images):
+            x, y = column * side, row * (side + 16)
+            draw.text((x, y), f"sample {row + 1}, image {column + 1}", "black")
+            try:
+                sheet.paste(ImageOps.contain(load_image(image), (side - 4, side)), (x, y + 14))
+            except InputError:
+                draw.text((x, y + 14), "cannot be read", "red")
+    return sheet
+
+
+def show(args):
+    """Print samples of the first epoch, write the sheet of their pictures; then count all samples, set by set"""
+    sets, tokenizer = read_datasets(args), Tokenizer(args.language_model / "tokenizer.model")
+    tokens = ViTConfig.read(args.vision_model).image_tokens
+    tokenize = partial(encode, tokenizer=tokenizer, image_tokens=tokens, max_length=args.max_length,
+                       max_images=args.max_images)
+    mixed = Epoch(sets, [range(len(data.drafts)) for data in sets], args.seed, 0)
+    shown = [tokenize(mixed[index]) for index in range(min(args.show, len(mixed)))]
+    for number, example in enumerate(shown, 1):
+        print(f"---- sample {number}: {len(example.input_ids)} tokens, {int((example.labels != -100).sum())} trained\n"
+              + render(example, tokenizer, sys.stdout.isatty()))
+    if shown:
+        args.out.mkdir(parents=True, exist_ok=True)
+        contact_sheet([example.images for example in shown]).save(args.out / "samples.png")
+        print(f"---- pictures: {args.out / 'samples.png'}\n")
+    print(f"{'':22}conversations   samples    rounds  pictures  tokens of a sample: median, most")
+    for data in sets:
+        samples = Epoch([data], [range(len(data.drafts))], args.seed, 0)
+        rounds, pictures, left_out, lengths = 0, 0, 0, []
+        for conversation in tqdm(samples, desc=data.name, delay=1, leave=False):
+            example = tokenize(conversation)
+            rounds, left_out = rounds + len(conversation), left_out + example.left_out
+            pictures += sum(len(turn.images) for turn in conversation)
+            lengths.append(len(example.input_ids))
+        print(f"{data.name:22}{len(data.drafts):13,}{len(samples):10,}{rounds:10,}{pictures:10,}"
+              f"{statistics.median(lengths or [0]):10,.0f}{max(lengths, default=0):8,}")
+        reasons = collections.defaultdict(list)
+        for text in data.left_out:
+            record, _, why = text.rpartition(": ")
+            reasons[f"left out, {why}"].append(record)
+        reasons["lacks a picture"] = list(data.missing.values())
+        reasons["rounds left out by --max_length or --max_images"] = [str(left_out)] * left_out
+        for why, which in reasons.items():
+            if which:
+                print(f"    {len(which):,} {why}: {', '.join(which[:3])}{', ...' if which[3:] else ''}")
+
+
+def main():
+    """python data.py --show 3 --datasets ...: what the model sees"""
+    parser, add = arguments("Show what the model sees: samples, their pictures, counts.")
+    add("--show", type=positive, default=3, metavar="N", help="so many samples")
+    try:
+        show(parser.parse_args())
+    except InputError as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

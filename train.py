@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import random
 import shutil
 import socket
 import sys
@@ -25,17 +24,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import (CONCATENATE, DATASETS, Samples, Tokenizer, Turn, collate, concatenate, encode, epoch_samples,
-                  hold_out, read_dataset)
+from data import Epoch, Samples, Tokenizer, Turn, arguments, collate, encode, hold_out, positive, read_datasets
 from model import Llama, LlamaConfig, VisualChat, choose_device, has_weights, is_main, load_llama, load_vit
 from vision import InputError, ViT, ViTConfig, read_preprocessing
 
 
-def positive(text):
-    """A whole number from 1, for argparse"""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
-    return int(text)
+BROKEN = 0.01  # share of an epoch's samples that may have a missing or broken picture before the run stops
 
 
 def fraction(text):
@@ -45,25 +39,12 @@ def fraction(text):
     return float(text)
 
 
-def arguments():
+def command_line():
     """The command line; every default is the recipe's"""
-    parser = argparse.ArgumentParser(description="Train a vision-language chat model with DeepSpeed.")
-
-    def add(flag, default=None, help="", **options):
-        said = help if default is None else f"{help} (default: %(default)s)"
-        parser.add_argument(flag, default=default, help=said, **options)
-
-    add("--language_model", type=Path, required=True, metavar="DIR", help="LLaMA-2 in Hugging Face layout")
-    add("--vision_model", type=Path, required=True, metavar="DIR", help="CLIP vision model in Hugging Face layout")
-    add("--data_path", type=Path, required=True, metavar="DIR", help="the folder that holds the data sets")
-    add("--datasets", nargs="+", default=["llava", "llava_dial"], metavar="NAME", help=f"of {', '.join(DATASETS)}")
-    add("--samples", nargs="+", default=["all"], metavar="N|all", help="conversations of each set; one value for all")
-    add("--concatenate", nargs="+", type=positive, metavar="N", help="join 1 to N conversations; one value serves all "
-        f"(default: the original's: {', '.join(f'{k} {v}' for k, v in CONCATENATE.items())}, others 1)")
+    parser, add = arguments("Train a vision-language chat model with DeepSpeed.")
     add("--attention", choices=["mmca", "causal", "cross"], default="mmca", help="the mechanism")
     add("--projection", choices=["linear"], default="linear", help="from features to word vectors")
     add("--trainable", choices=["recipe", "all"], default="recipe", help="recipe: embedding, projection, CrA's layers")
-    add("--out", type=Path, default=Path("out"), metavar="DIR", help="where log.jsonl and epoch-N go")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
     add("--epochs", type=positive, default=6, help="times through the data")
     add("--max_steps", type=positive, help="stop after so many steps (default: all of them)")
@@ -72,15 +53,12 @@ def arguments():
     add("--learning_rate", type=float, default=1e-3, help="at its highest")
     add("--embedding_learning_rate", type=float, help="of the word embedding, if another (default: --learning_rate)")
     add("--warmup", type=fraction, default=0.1, help="fraction of all steps in which the learning rate rises")
-    add("--max_length", type=positive, default=4096, help="tokens of a sample; rounds beyond are left out whole")
-    add("--max_images", type=positive, default=8, help="pictures of a sample; rounds beyond are left out whole")
     add("--eval_fraction", type=fraction, default=0.1, help="share of the conversations that is held out")
     add("--workers", type=int, choices=range(65), metavar="N", default=2, help="processes that read pictures, for each "
         "training process")
     add("--zero_stage", type=int, choices=[0, 1, 2, 3], default=3, help="what ZeRO spreads over the processes")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="number format (default: bfloat16 on GPUs that "
         "have it, float32 on a CPU)")
-    add("--seed", type=int, default=1234, help="of every random choice")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it
     return parser.parse_args()
 
@@ -113,24 +91,21 @@ def start_distributed(device):
     return deepspeed, device
 
 
-def on_main(action):
-    """Run action on process 0 while the others wait; that it failed, and why, is everybody's InputError"""
-    failed = [None]
-    if is_main():
-        try:
-            action()
-        except (InputError, OSError) as error:
-            failed = [str(error)]
-    dist.broadcast_object_list(failed)
-    if failed[0]:
-        raise InputError(failed[0])
-
-
-def one_each(values, names, flag):
-    """A flag's values, one for each data set; one value serves all"""
-    if len(values) not in (1, len(names)):
-        raise InputError(f"{flag} has {len(values)} values for {len(names)} data sets; give one, or one for each")
-    return list(values) * (len(names) if len(values) == 1 else 1)
+def together(action, everywhere=True):
+    """Run action on process 0, then on the others if it has to run everywhere -> its value; that it failed in one of
+    them, and why, is everybody's InputError, and no process waits for one that has stopped"""
+    value, failed = None, [None] * dist.get_world_size()
+    for turn in ([True, False] if everywhere else [True]):
+        error = None
+        if is_main() == turn:
+            try:
+                value = action()
+            except (InputError, OSError) as failure:
+                error = str(failure)
+        dist.all_gather_object(failed, error)
+        if any(failed):
+            raise InputError(next(filter(None, failed)))
+    return value
 
 
 def earlier_run(out):
@@ -168,7 +143,8 @@ def make_model(args, conversations, device, dtype):
         if not new[0]:
             raise InputError(f"{file} is missing: LLaMA-2's SentencePiece tokenizer belongs beside its weights")
         file = args.out / "tokenizer.model"
-        on_main(lambda: Tokenizer.train(conversations, LlamaConfig.read(args.language_model).vocab_size, file))
+        size = LlamaConfig.read(args.language_model).vocab_size
+        together(lambda: Tokenizer.train(conversations, size, file), everywhere=False)
     tokenizer = Tokenizer(file)
     torch.manual_seed(args.seed)
     if new[0]:
@@ -201,16 +177,15 @@ def micro_batches(count, args, world, rank):
         yield range(min(start, count), min(start + size, count))
 
 
-def finish_batch(examples, dummy):
-    """Examples, left-out ones (a number of rounds) and errors -> (batch, its tokens, rounds left out, error or None). A
-    batch without a picture gets a sample of weight zero: under ZeRO-3 all processes must run the same modules."""
-    errors = [e for e in examples if isinstance(e, InputError)]
-    whole = [e for e in examples if not isinstance(e, (InputError, int))]
-    left_out = sum(e for e in examples if isinstance(e, int)) + sum(e.left_out for e in whole)
+def finish_batch(samples, dummy):
+    """What Samples gives, several times -> (batch, its tokens, rounds left out, broken samples). A batch without a
+    picture gets a sample of weight zero: under ZeRO-3 all processes must run the same modules."""
+    examples, left_out, broken = zip(*samples) if samples else ((), (), ())
+    whole = [example for example in examples if example]
     tokens = sum(len(example.input_ids) for example in whole)
     if not any(example.images for example in whole):
         whole.append(dummy)
-    return collate(whole), tokens, left_out, errors[0] if errors else None
+    return collate(whole), tokens, sum(left_out), [sentence for sentence in broken if sentence]
 
 
 def batches(conversations, model, tokenizer, args):
@@ -222,35 +197,38 @@ def batches(conversations, model, tokenizer, args):
     dummy.pixels = [torch.zeros(3, config.image_size, config.image_size)]
     sampler = [list(part) for part in micro_batches(len(samples), args, dist.get_world_size(), dist.get_rank())]
     return torch.utils.data.DataLoader(samples, batch_sampler=sampler, num_workers=args.workers,
+                                       multiprocessing_context="fork" if args.workers else None,  # shares what is Packed
                                        collate_fn=partial(finish_batch, dummy=dummy))
 
 
 def next_step(loader, accumulation, device):
-    """(micro-batches of one step, and over all processes: trained tokens, tokens, rounds left out); None at the end"""
+    """(micro-batches of one step, and over all processes: trained tokens, tokens, rounds left out, broken samples);
+    None at the end"""
     parts = [part for part in (next(loader, None) for _ in range(accumulation)) if part is not None]
     if not parts:
         return None
-    errors = [error for *_, error in parts if error]
     batch = [{name: value.to(device) for name, value in part.items()} for part, *_ in parts]
-    tokens, left_out = (sum(part[n] for part in parts) for n in (1, 2))
+    broken = [sentence for *_, sentences in parts for sentence in sentences]
     trained = sum(int((b["labels"] != -100).sum()) for b in batch)
-    counts = torch.tensor([trained, tokens, left_out, len(errors)], device=device)
+    counts = torch.tensor([trained, sum(part[1] for part in parts), sum(part[2] for part in parts), len(broken)],
+                          device=device)
     dist.all_reduce(counts)
     trained, tokens, left_out, bad = counts.tolist()
-    if bad:  # every process learns of it, and none waits for another
+    if bad:  # every process learns of it
         everywhere = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, str(errors[0]) if errors else None)
-        raise InputError(next(filter(None, everywhere)))
-    return batch, trained, tokens, left_out
+        dist.all_gather_object(everywhere, broken)
+        broken = sum(everywhere, [])
+    return batch, trained, tokens, left_out, broken
 
 
 @torch.no_grad()
-def evaluate(engine, loader, accumulation, device):
+def evaluate(engine, loader, accumulation, device, note):
     """Held-out conversations -> mean loss of a trained token; share of answers whose every token, end token too, is the
     model's first choice: exact match under greedy decoding, without generating. None if nothing is held out"""
     engine.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, tokens, exact answers, answers
     while step := next_step(loader, accumulation, device):
+        note(step[-1])
         for batch in step[0]:
             losses, hits = engine(**batch)
             trained = batch["labels"][:, 1:] != -100                                         # (B, T - 1)
@@ -271,14 +249,6 @@ def train(args):
     device, dtype = choose_device(None, args.dtype)
     if device.type == "cpu" and dtype == torch.float16:
         raise InputError("--dtype float16: DeepSpeed has none on a CPU; take bfloat16 or float32")
-    names = args.datasets
-    factors = one_each(args.concatenate or [CONCATENATE.get(name, 1) for name in names], names, "--concatenate")
-    amounts = one_each(args.samples, names, "--samples")
-    if any(n != "all" and not (n.isdecimal() and int(n)) for n in amounts):
-        raise InputError("--samples takes numbers from 1 or the word all")
-    sets = [read_dataset(name, args.data_path, None if n == "all" else int(n), args.seed)
-            for name, n in zip(names, amounts)]
-
     # processes
     deepspeed, device = start_distributed(device)
     world = dist.get_world_size()
@@ -286,30 +256,36 @@ def train(args):
     if rest or not accumulation:
         raise InputError(f"--batch_size {args.batch_size} is no multiple of --micro_batch_size {args.micro_batch_size} "
                          f"x {world} processes")
-    on_main(lambda: check_out(args))
+    together(lambda: check_out(args), everywhere=False)
 
     # data
-    split = [hold_out(part, args.eval_fraction, f"{args.seed} {name}") for name, part in zip(names, sets)]
-    training = [part for part, _ in split]
-    rng = random.Random(f"held out {args.seed}")
-    held_out = [group for (_, part), factor in zip(split, factors) for group in concatenate(part, factor, rng)]
+    sets = together(lambda: read_datasets(args))  # process 0 first: it makes the index of a picture file
+    split = [hold_out(len(data.drafts), args.eval_fraction, f"{args.seed} {data.name}") for data in sets]
+    training, rest = zip(*split)
     if not any(training):
-        raise InputError(f"{', '.join(names)}: no conversation is left to train on")
-    total = sum(math.ceil(len(epoch_samples(training, factors, args.seed, epoch)) / args.batch_size)
-                for epoch in range(args.epochs))
+        raise InputError(f"{', '.join(args.datasets)}: no conversation is left to train on")
+    held_out = Epoch(sets, rest, args.seed, "held out")
+    epochs = [Epoch(sets, training, args.seed, epoch) for epoch in range(args.epochs)]
+    for samples in epochs:
+        lost, count = samples.missing + held_out.missing, len(samples) + len(held_out)
+        if len(lost) > BROKEN * count:
+            raise InputError(f"{len(lost)} of {count} samples lack a picture, more than {BROKEN:.0%}: "
+                             f"{', '.join(lost[:5])}")
+    total = sum(math.ceil(len(samples) / args.batch_size) for samples in epochs)
     total = min(total, args.max_steps or total)
 
     # model
-    model, tokenizer = make_model(args, [c for part in training for c in part], device, dtype)
-    on_main(lambda: clear_out(args.out))
+    model, tokenizer = make_model(args, epochs[0], device, dtype)
+    together(lambda: clear_out(args.out), everywhere=False)
     embedding = model.language_model.model.embed_tokens.weight
     groups = [{"params": [p for p in model.parameters() if p.requires_grad and p is not embedding]},
               {"params": [embedding], "lr": args.embedding_learning_rate or args.learning_rate}]
     trained = sum(p.numel() for group in groups for p in group["params"])
     if is_main():
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {trained:,} of them trained; "
-              f"{sum(map(len, training))} conversations to train on, {sum(len(part) for _, part in split)} held out; "
-              f"{total} steps")
+              f"{sum(map(len, training))} conversations to train on, {sum(map(len, rest))} held out; {total} steps")
+        if lost:
+            print(f"{len(lost)} of {count} samples lack a picture and are replaced, among them {', '.join(lost[:5])}")
 
     # engine
     def schedule(step):
@@ -326,20 +302,29 @@ def train(args):
     }, lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule))
 
     # loop
-    step, best, rounds_left_out = 0, math.inf, 0
+    step, best, rounds_left_out, broken = 0, math.inf, 0, []
     log = open(args.out / "log.jsonl", "w") if is_main() else None
 
     def write(**line):
         if log:
             print(json.dumps(line), file=log, flush=True)
 
+    def note(sentences):
+        broken.extend(sentences)
+        for sentence in sentences:
+            write(step=step, broken=sentence)
+        if len(broken) > BROKEN * (len(samples) + len(held_out)):
+            raise InputError(f"{len(broken)} samples of this epoch cannot be used, more than {BROKEN:.0%}: "
+                             f"{'; '.join(broken[:5])}")
+
     bar = tqdm(total=total, unit="step", disable=not is_main())
-    for epoch in range(args.epochs):
-        samples = epoch_samples(training, factors, args.seed, epoch)
+    for epoch, samples in enumerate(epochs):
+        broken.clear()
         loader = iter(batches(samples, model, tokenizer, args))
         began = time.perf_counter()
         while step < total and (work := next_step(loader, accumulation, device)):
-            parts, count, tokens, left_out = work
+            parts, count, tokens, left_out, sentences = work
+            note(sentences)
             loss = torch.zeros((), device=device)
             for batch in parts:
                 losses, _ = engine(**batch)
@@ -356,7 +341,7 @@ def train(args):
                   tokens_per_second=round(tokens / seconds, 1), seconds=round(seconds, 4))
             bar.update()
             bar.set_postfix_str(f"loss {loss:.4f}, learning rate {rate:.2e}, {tokens / seconds:.0f} tokens/s")
-        result = evaluate(engine, iter(batches(held_out, model, tokenizer, args)), accumulation, device)
+        result = evaluate(engine, iter(batches(held_out, model, tokenizer, args)), accumulation, device, note)
         if result:
             eval_loss, exact = result
             write(step=step, epoch=epoch + 1, eval_loss=eval_loss, eval_exact=exact)
@@ -378,7 +363,7 @@ def train(args):
 
 def main():
     """Run; what the user can mend is one sentence on stderr and exit code 2"""
-    args = arguments()
+    args = command_line()
     try:
         train(args)
     except InputError as error:

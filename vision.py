@@ -76,7 +76,7 @@ def load_image(path):
             file, offset, length = path
             with open(file, "rb") as source:
                 source.seek(offset)
-                path = BytesIO(base64.b64decode(source.read(length), validate=True))
+                path = BytesIO(base64.b64decode(source.read(length).replace(b"\\/", b"/"), validate=True))
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:

@@ -1,15 +1,21 @@
 """Template, tokens, readers, concatenation, batches. python -m pytest tests/test_data.py"""
+import argparse
+import base64
 import collections
 import json
+import pickle
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import FIXTURES
 
-from data import Samples, Tokenizer, Turn, collate, concatenate, encode, epoch_samples, hold_out, read_dataset
+from data import (DATASETS, DESCRIBE, REASON, Epoch, Samples, Tokenizer, Turn, collate, concatenate, encode, hold_out,
+                  read_datasets)
 from mmca import IMAGE, PAD, TEXT
-from vision import InputError, read_preprocessing
+from vision import InputError, load_image, read_preprocessing
 
 TOKENIZER = Tokenizer(FIXTURES / "tokenizer.model")
 IMAGES = FIXTURES / "tiny-clip/images"
@@ -87,50 +93,214 @@ def test_rounds_that_do_not_fit_are_left_out_whole():
     assert len(example.images) == 3 and example.left_out == 2
 
 
-def llava_files(folder, conversations=4):
-    """A miniature of LLaVA's three files, with the fixtures' pictures"""
-    (folder / "llava").mkdir(parents=True)
-    (folder / "coco").mkdir()
-    (folder / "coco/train2017").symlink_to(IMAGES)
-    names = sorted(path.name for path in IMAGES.iterdir())
-    records = [{"id": str(i), "image": names[i % 4], "conversations": [
-        {"from": "human", "value": f"What is  in\n{i}?\n<image>"}, {"from": "gpt", "value": f"It is {i}.\nYes."},
-        {"from": "human", "value": "And then?"}, {"from": "gpt", "value": "Nothing."},
-        {"from": "human", "value": "No answer?"}]} for i in range(conversations)]
-    for name in ("detail_23k", "complex_reasoning_77k", "conversation_58k"):
-        (folder / f"llava/{name}.json").write_text(json.dumps(records))
-    return folder
+EXPECTED = json.loads((FIXTURES / "datasets_expected.json").read_text())
 
 
-def test_the_two_llava_readers(tmp_path):
-    folder, picture = llava_files(tmp_path), str(tmp_path / "coco/train2017/alpha_rgba.png")
-    one = read_dataset("llava", folder, None, 0)
-    assert len(one) == 8 and one[0] == one[4] == [Turn("What is in 0?", "It is 0.\nYes.", [picture])]
-    many = read_dataset("llava_dial", folder, None, 0)
-    assert len(many) == 4 and many[0] == one[0] + [Turn("And then?", "Nothing.", [])]
-    assert len(read_dataset("llava", folder, 3, 0)) == 3 and read_dataset("llava", folder, 3, 0) != read_dataset("llava", folder, 3, 1)
+@pytest.fixture
+def sets(tmp_path):
+    """The miniature data sets, in a folder that can be written"""
+    shutil.copytree(FIXTURES / "datasets", tmp_path / "sets")
+    return tmp_path / "sets"
 
 
-def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(InputError, match="'lava' is not known; the known ones are llava, llava_dial"):
-        read_dataset("lava", tmp_path, None, 0)
-    with pytest.raises(InputError, match="detail_23k.json is missing: the LLaVA-Instruct-150K files"):
-        read_dataset("llava", tmp_path, None, 0)
-    folder = llava_files(tmp_path)
-    file = folder / "llava/conversation_58k.json"
-    file.write_text('[{"id": 0, "image": "a.png", "conversations": []}, {"id": 1, "conversations": []}]')
-    with pytest.raises(InputError, match="record 1 .* 'image' not found"):
-        read_dataset("llava_dial", folder, None, 0)
-    for said in ({"from": "gpt", "value": "first"}, {"from": "human", "value": None}):
-        file.write_text(json.dumps([{"image": "a.png", "conversations": [said]}]))
-        with pytest.raises(InputError, match="record 0: the texts of human and gpt should take turns"):
-            read_dataset("llava_dial", folder, None, 0)
-    file.write_text("[1, 2")
-    with pytest.raises(InputError, match="not valid JSON: .* at line 1"):
-        read_dataset("llava_dial", folder, None, 0)
-    (tmp_path / "x.model").write_text("no tokenizer")
-    with pytest.raises(InputError, match="x.model is no SentencePiece model"):
-        Tokenizer(tmp_path / "x.model")
+def options(folder, *names, **others):
+    """What the command line would give"""
+    return argparse.Namespace(**{"data_path": folder, "out": folder / "out", "datasets": list(names), "concatenate": None,
+                                 "samples": ["all"], "seed": 7} | others)
+
+
+def drafts(name, folder):
+    """A reader's drafts, and what it left out"""
+    found = list(DATASETS[name](folder, folder / "out"))
+    return [d for d in found if not isinstance(d, str)], [d for d in found if isinstance(d, str)]
+
+
+def picture_name(image, folder):
+    """Path below the folder, or the id before the base64 text"""
+    if isinstance(image, str):
+        return str(Path(image).relative_to(folder))
+    file, offset, length = image
+    text = Path(file).read_bytes()
+    assert text[offset - 1:offset] == text[offset + length:offset + length + 1] == b'"'
+    return text[:offset].decode().split('"')[-3]
+
+
+def plain(conversation, folder):
+    return [(tuple(picture_name(i, folder) for i in t.images), t.question, t.answer) for t in conversation]
+
+
+def expected_turns(turns):
+    return [(tuple(t.get("images", ())), t["question"], t["answer"]) for t in turns]
+
+
+def check(entry, said):
+    """One drawn conversation against an entry of the expected file -> which of the alternatives it was"""
+    turns = expected_turns(entry["turns"])
+    if "style_choice" in entry:
+        styles = [expected_turns(t) for t in entry["style_choice"].values()]
+        assert said in styles
+        return styles.index(said)
+    if "blend" in entry:
+        return check_blend(entry["blend"], said)
+    if entry.get("order") == "rounds_shuffled":
+        pictures = [images for images, _, _ in turns if images]
+        assert [images for images, _, _ in said] == pictures + [()] * (len(turns) - 1), "all pictures go with the first round"
+        assert sorted(t[1:] for t in said) == sorted(t[1:] for t in turns)
+        return tuple(t[1] for t in said)
+    (raw,) = entry["turns"] if "pair_choice" in raw_choices(entry) or "question_choice" in raw_choices(entry) else (None,)
+    if raw is None:
+        assert said == turns
+        return 0
+    ((images, question, answer),) = said
+    assert images == tuple(raw["images"])
+    if "pair_choice" in raw:
+        assert {"question": question, "answer": answer} in raw["pair_choice"]["values"]
+    else:
+        assert answer in raw["answer_choice"]["values"] if "answer_choice" in raw else answer == raw["answer"]
+        choice = raw["question_choice"]
+        prompts = DESCRIBE if choice["kind"] == "own_list" else [choice["prefix"] + why for why in REASON]
+        assert question in prompts
+    return question, answer
+
+
+def raw_choices(entry):
+    return {key for turn in entry["turns"] for key in turn if key.endswith("_choice")}
+
+
+def check_blend(blend, said):
+    """Each picture in order with conversations of its own, whole, before the next; then rounds of the pair"""
+    rest, unseen, counts = list(said), [], []
+    for picture, part in zip(blend["images"], blend["llava"]):
+        known = [[(t["question"], t["answer"]) for t in c] for c in part["conversations"]]
+        used = []
+        while True:
+            match = [c for c in known if c not in used and [t[1:] for t in rest[:len(c)]] == c]
+            if not match:
+                break
+            images = [t[0] for t in rest[:len(match[0])]]
+            assert images == ([(picture,)] if not used else [()]) + [()] * (len(images) - 1)
+            used.append(match[0])
+            rest = rest[len(match[0]):]
+        assert part["at_least"] <= len(used) <= part["at_most"]
+        counts.append(len(used))
+        unseen += [] if used else [picture]
+    assert 1 <= len(rest) <= blend["cgd"]["at_most"] and len({t[1] for t in rest}) == len(rest)
+    assert all({"question": q, "answer": a} in blend["cgd"]["rounds"] for _, q, a in rest)
+    assert [t[0] for t in rest] == [tuple(unseen)] + [()] * (len(rest) - 1)
+    return *counts, len(rest)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_reader_gives_what_is_expected(name, sets):
+    """Record for record, in 60 draws; what is left out, and why"""
+    found, left_out = drafts(name, sets)
+    entries = EXPECTED["datasets"][name]
+    assert len(found) == len(entries)
+    assert left_out == [f"{d['record']}: {d['why']}" for d in EXPECTED["dropped"].get(name, [])]
+    for draft, entry in zip(found, entries):
+        drawn = [check(entry, plain(draft(random.Random(n)), sets)) for n in range(60)]
+        free = raw_choices(entry) or "style_choice" in entry or "order" in entry and len(entry["turns"]) > 1
+        assert (len(set(drawn)) > 1) == bool(free) or "blend" in entry, "what may be chosen is chosen anew"
+        assert drawn[:5] == [check(entry, plain(draft(random.Random(n)), sets)) for n in range(5)]
+    for draft in found:
+        for image in (image for turn in draft(random.Random(0)) for image in turn.images):
+            assert load_image(image).size == tuple(EXPECTED["picture_sizes"][picture_name(image, sets)])
+
+
+def test_blended_samples_hold_to_the_rule(sets):
+    """Every number of conversations and of rounds that the rule allows, about equally often, in 10,000 draws"""
+    for draft, entry in zip(drafts("llava_otter_blend", sets)[0], EXPECTED["datasets"]["llava_otter_blend"]):
+        counts = [check_blend(entry["blend"], plain(draft(random.Random(n)), sets)) for n in range(10_000 // 3)]
+        ranges = [(p["at_least"], p["at_most"]) for p in (*entry["blend"]["llava"], entry["blend"]["cgd"])]
+        for (least, most), seen in zip(ranges, zip(*counts)):
+            share = collections.Counter(seen)
+            assert set(share) == set(range(least, most + 1))
+            assert all(abs(n / len(counts) - 1 / (most + 1 - least)) < 0.05 for n in share.values())
+
+
+def test_your_own_conversations(tmp_path):
+    shutil.copytree(IMAGES, tmp_path / "pictures")
+    (tmp_path / "mine.json").write_text(json.dumps([
+        [{"images": ["pictures/palette_p.png"], "question": "a", "answer": "b"}, {"question": "c <image>", "answer": "d"}],
+        [{"images": ["pictures/alpha_rgba.png", "gone.png"], "question": "e", "answer": "f"}]]))
+    (mine,) = read_datasets(options(tmp_path, str(tmp_path / "mine.json")))
+    assert list(Epoch([mine], [[0]], 0, 0)) == [[Turn("a", "b", [f"{tmp_path}/pictures/palette_p.png"]), Turn("c <image>", "d")]]
+    assert mine.missing == {1: f"{tmp_path}/gone.png"} and mine.factor == 1
+
+
+def break_json(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def test_what_is_missing_or_broken_is_named(sets):
+    def said(name, **others):
+        with pytest.raises(InputError) as error:
+            read_datasets(options(sets, name, **others))
+        return str(error.value)
+
+    assert "'lava' is not known; the known ones are llava, llava_dial" in said("lava")
+    assert "--samples has 2 values for 1 data sets" in said("llava", samples=[1, 2])
+    assert "nowhere.json is missing" in said(str(sets / "nowhere.json"))
+    break_json(sets / "OCR_VQA/dataset.json", lambda c: c["0590012347"].update(questions="why"))
+    assert "dataset.json['0590012347']['questions']: 'why' is no list" in said("ocr_vqa")
+    llava, mimic = sets / "llava/detail_23k.json", sets / "MIMIC-IT/SD_instructions.json"
+    break_json(llava, lambda c: c[2]["conversations"][1].pop("value"))
+    assert "detail_23k.json[2]['conversations'][1] has no 'value': not the form of LLaVA" in said("llava")
+    break_json(llava, lambda c: c.__setitem__(1, 7))
+    assert "detail_23k.json[1]: '7' is no dict" in said("llava")
+    break_json(llava, lambda c: c[1:] and c.__setitem__(slice(None), [{"image": None, "conversations": []}]))
+    assert "[0]['image']: 'None' is no str" in said("llava")
+    llava.write_text("[1, 2")
+    assert "not valid JSON" in said("llava") and "line 1, column" in said("llava")
+    llava.unlink()
+    assert "detail_23k.json is missing: that of LLaVA-Instruct-150K" in said("llava_otter_blend")
+    break_json(sets / "llava/conversation_58k.json", lambda c: c[3]["conversations"].pop(0))
+    assert "conversation_58k.json[3]: human and gpt should take turns" in said("llava_dial")
+    break_json(mimic, lambda c: c["data"]["SD_INS_00002"].update(image_ids=["x", 3]))
+    assert "['data']['SD_INS_00002']['image_ids'][1]: '3' is no str" in said("otter_mimicit_sd")
+    break_json(sets / "aokvqa/annotations/aokvqa_v1p0_train.json", lambda c: c[1].update(correct_choice_idx=4))
+    assert "aokvqa_v1p0_train.json[1]: correct_choice_idx is none of the choices" in said("aokvqa")
+    for name, folder in (("minigpt4", "cc_sbu_align/image"), ("ocr_vqa", "OCR_VQA/images"), ("coco_caption", "coco/2014"),
+                         ("sparkles_dialogue", "SparklesDialogueVG/images"), ("otter_mimicit_cgd", "coco/train2017")):
+        shutil.rmtree(sets / folder)
+        assert f"{folder} is missing: the pictures of" in said(name)
+    (sets / "MIMIC-IT/TVC.json").unlink()
+    assert "TVC.json is missing: the pictures of MIMIC-IT" in said("otter_mimicit_tvc")
+
+
+@pytest.mark.parametrize("broken", ["", "[]", '{"a": "aGk="', '{"a": "aGk=",, "b": "aGk="}', '{"a": ["x"]}', '{"a": "aGk=", "b',
+                                    '{"a": "aGk="} {"b": "aGk="}', '{"a": 3}', "x" * 70_000 + '"a": "b"'])
+def test_a_broken_picture_file_is_named(sets, broken):
+    (sets / "MIMIC-IT/SD.json").write_text(broken)
+    with pytest.raises(InputError, match="SD.json (is no JSON object|breaks off)"):
+        list(DATASETS["otter_mimicit_sd"](sets, sets / "out"))
+    assert not list(sets.rglob("*.index"))
+
+
+def test_the_index_of_a_picture_file_is_made_once(sets, monkeypatch):
+    """Kept beside the file, made anew when it changes, below --out where the folder cannot be written"""
+    file, index = sets / "MIMIC-IT/SD.json", sets / "MIMIC-IT/SD.json.index"
+    first, _ = drafts("otter_mimicit_sd", sets)
+    written = index.stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr("data.np.flatnonzero", None)  # the file is not looked through again
+        drafts("otter_mimicit_sd", sets)
+    pictures = json.loads(file.read_text())
+    file.write_text(json.dumps(dict(reversed(pictures.items()))).replace("/", "\\/"))
+    again, _ = drafts("otter_mimicit_sd", sets)
+    assert index.stat().st_mtime_ns != written
+    assert [d(random.Random(0))[0].images for d in first] != [d(random.Random(0))[0].images for d in again]
+    (file.parent / "x").write_bytes(base64.b64decode(pictures["SD_IMG_00000_1"]))
+    same = load_image(again[0](random.Random(0))[0].images[0])
+    assert same.tobytes() == load_image(file.parent / "x").tobytes(), "also where / is written as \\/"
+    index.unlink()
+    replaced = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(OSError(30, "Read-only file system"))
+                        if sets / "out" not in target.parents else replaced(self, target))
+    drafts("otter_mimicit_sd", sets)
+    assert not index.exists() and (sets / "out/SD.json.index").exists()
 
 
 def test_concatenation_uses_each_conversation_once_in_groups_of_equal_chance():
@@ -142,26 +312,42 @@ def test_concatenation_uses_each_conversation_once_in_groups_of_equal_chance():
     assert all(group == [Turn(turn.question, "a", turn.images) for turn in group] for group in groups[:10])
 
 
-def test_epochs_differ_and_repeat_by_seed():
-    sets = [[[Turn(f"{s}{i}", "a")] for i in range(30)] for s in "xy"]
-    first = epoch_samples(sets, [2, 1], 7, 0)
-    assert first == epoch_samples(sets, [2, 1], 7, 0) != epoch_samples(sets, [2, 1], 7, 1)
-    assert sorted(t.question for g in first for t in g) == sorted(t.question for s in sets for g in s for t in g)
-    training, held_out = hold_out(sets[0], 0.2, 7)
-    assert len(held_out) == 6 and sorted(c[0].question for c in training + held_out) == sorted(c[0].question for c in sets[0])
+def test_epochs_differ_and_repeat_by_seed(sets):
+    """Every choice depends on seed, epoch and index alone; each conversation is used once an epoch"""
+    parts = [read_datasets(options(sets, name))[0] for name in DATASETS]
+    whole = [range(len(data.drafts)) for data in parts]
+    first, again, second = (list(Epoch(parts, whole, 7, epoch)) for epoch in (0, 0, 1))
+    assert first == again != second
+    for name in DATASETS:
+        n = list(DATASETS).index(name)
+        used = [i for epoch in (0, 1) for group in map(pickle.loads, pieces_of(Epoch(parts, whole, 7, epoch).groups)) for m, i in group if m == n]
+        assert sorted(used) == sorted([*whole[n], *whole[n]])
+    alone = Epoch(parts[1:2], [[3]], 7, 0)[0]
+    assert any(alone == first[i][k:k + len(alone)] for i in range(len(first)) for k in range(len(first[i]))), "whatever stands beside it"
+    wordings = {tuple(t.question for t in Epoch(parts[9:10], [[0]], 7, epoch)[0]) for epoch in range(20)}
+    assert len(wordings) > 3, "a request is drawn anew each epoch"
+    training, held_out = hold_out(30, 0.2, 7)
+    assert len(held_out) == 6 and sorted(training + held_out) == list(range(30)) and hold_out(30, 0.2, 8)[1] != held_out
+    few = read_datasets(options(sets, "llava", samples=[3]))[0]
+    assert len(few.drafts) == 3 and list(few.drafts) != list(read_datasets(options(sets, "llava", samples=[3], seed=8))[0].drafts)
+
+
+def pieces_of(packed):
+    return [packed.block[a:b] for a, b in zip(packed.ends, packed.ends[1:])]
 
 
 def test_a_batch_pads_at_the_right_and_holds_each_picture_once():
     names = [str(IMAGES / name) for name in ("alpha_rgba.png", "landscape_rgb.png")]
     conversations = [[Turn("a", "b", names)], [Turn("a longer question", "b", [names[1]]), Turn("c", "d", [names[0], names[1]])]]
     samples = Samples(conversations, TOKENIZER, 17, read_preprocessing(FIXTURES / "tiny-clip", 56), 4096, 8)
-    batch = collate([samples[0], samples[1]])
+    examples = [samples[0][0], samples[1][0]]
+    batch = collate(examples)
     assert batch["pixels"].shape == (2, 3, 56, 56) and batch["image_index"].tolist() == [0, 1, 1, 0, 1]
-    for row, example in enumerate((samples[0], samples[1])):
+    for row, example in enumerate(examples):
         T = len(example.input_ids)
         assert torch.equal(batch["input_ids"][row, :T], example.input_ids)
         assert (batch["modality"][row, T:] == PAD).all() and (batch["labels"][row, T:] == -100).all()
-    assert (batch["modality"] != PAD).sum(1).tolist() == [len(samples[0].input_ids), len(samples[1].input_ids)]
+    assert (batch["modality"] != PAD).sum(1).tolist() == [len(example.input_ids) for example in examples]
 
 
 def test_a_tokenizer_learned_from_data(tmp_path):

@@ -1,4 +1,5 @@
 """train.py as users start it, with tiny models. python -m pytest tests/test_train.py"""
+import argparse
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import FIXTURES, ROOT, tiny_model
 
+from data import DATASETS, Epoch, Tokenizer, encode, read_datasets
 from model import VisualChat
 
 LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29517"]
@@ -108,7 +110,7 @@ def test_from_nothing_with_a_learned_tokenizer_then_chat(folder):
 def test_bad_input_is_one_sentence_and_exit_code_2(folder):
     base = ["--datasets", "llava_dial", "--batch_size", "4"]
     assert "'lava' is not known; the known ones are llava," in run(folder, "--datasets", "lava", fails=True)
-    assert "is missing: the LLaVA-Instruct-150K files" in run(folder, "--datasets", "llava", fails=True)
+    assert "detail_23k.json is missing: that of LLaVA-Instruct-150K" in run(folder, "--datasets", "llava", fails=True)
     assert "no multiple of --micro_batch_size 4 x 1" in run(folder, "--datasets", "llava_dial", "--batch_size", "6", fails=True)
     assert "--samples has 3 values for 1" in run(folder, *base, "--samples", "1", "2", "3", fails=True)
     assert "holds no model: config.json" in run(folder, *base, "--vision_model", folder / "nowhere", fails=True)
@@ -123,9 +125,46 @@ def test_bad_input_is_one_sentence_and_exit_code_2(folder):
     assert "needs no-such-compiler" in no_compiler and "apt-get install g++" in no_compiler
 
 
-def test_a_broken_picture_stops_both_processes_with_one_sentence(folder):
+def records(folder, pictures):
+    """LLaVA conversations of one round about these pictures"""
+    said = [{"image": name, "conversations": [{"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "a cat"}]}
+            for name in pictures]
+    (folder / "llava/conversation_58k.json").write_text(json.dumps(said))
+
+
+def test_broken_and_missing_pictures_are_replaced_and_named_until_they_are_too_many(folder):
     shutil.rmtree(folder / "coco")
-    shutil.copytree(FIXTURES / "tiny-clip/images", folder / "coco/train2017")
-    (folder / "coco/train2017/palette_p.png").write_bytes(b"no picture")
-    message = run(folder, "--datasets", "llava_dial", "--batch_size", "4", "--micro_batch_size", "1", two=True, fails=True)
-    assert "palette_p.png cannot be read: cannot identify" in message
+    shutil.copytree(FIXTURES / "datasets/coco/train2017", folder / "coco/train2017")
+    good = sorted(path.name for path in (folder / "coco/train2017").iterdir())
+    whole = (folder / "coco/train2017" / good[0]).read_bytes()
+    (folder / "coco/train2017/cut.jpg").write_bytes(whole[:len(whole) // 2])
+    flags = ["--datasets", "llava_dial", "--concatenate", "1", "--eval_fraction", "0", "--batch_size", "100", "--micro_batch_size", "25",
+             "--epochs", "1", "--zero_stage", "0"]
+    records(folder, [good[n % len(good)] for n in range(298)] + ["gone.jpg", "cut.jpg"])
+    log = run(folder, *flags, two=True)
+    broken = [line["broken"] for line in log if "broken" in line]
+    assert len(broken) == 2 and sorted("gone.jpg cannot be read: No such file" in b or "cut.jpg cannot be read: image file is truncated" in b for b in broken) == [True, True]
+    assert [line["trained_tokens"] for line in log if "loss" in line] == [300, 300, 300], "others took their places"
+    records(folder, [good[n % len(good)] for n in range(150)] + ["cut.jpg"] * 150)
+    message = run(folder, *flags, "--overwrite", two=True, fails=True)
+    assert "samples of this epoch cannot be used, more than 1%: picture " in message and message.count("cut.jpg cannot be read") == 5
+    records(folder, [good[n % len(good)] for n in range(296)] + ["gone.jpg"] * 4)
+    message = run(folder, *flags, "--overwrite", "--vision_model", folder / "nowhere", fails=True)
+    assert "4 of 300 samples lack a picture, more than 1%: " in message and message.count("gone.jpg") == 4, "before a model is opened"
+
+
+def test_all_data_sets_on_two_processes_with_two_workers(folder):
+    """Each sample of the epoch is used once over both, as one process would draw it"""
+    sets = folder / "sets"
+    shutil.copytree(FIXTURES / "datasets", sets)
+    args = argparse.Namespace(data_path=sets, out=folder / "out", datasets=list(DATASETS), samples=["all"], concatenate=[2], seed=5)
+    log = run(folder, "--data_path", sets, "--datasets", *DATASETS, "--concatenate", "2", "--seed", "5", "--eval_fraction", "0",
+              "--batch_size", "8", "--micro_batch_size", "2", "--epochs", "2", "--workers", "2", "--zero_stage", "0", two=True)
+    tokenizer, data = Tokenizer(FIXTURES / "tokenizer.model"), read_datasets(args)
+    steps = []
+    for epoch in (0, 1):
+        samples = [encode(c, tokenizer, 17, max_length=4096, max_images=8) for c in Epoch(data, [range(len(d.drafts)) for d in data], 5, epoch)]
+        for first in range(0, len(samples), 8):
+            part = samples[first:first + 8]
+            steps.append((sum(len(e.input_ids) for e in part), sum(int((e.labels != -100).sum()) for e in part)))
+    assert [(line["tokens"], line["trained_tokens"]) for line in log if "loss" in line] == steps and len(set(steps)) == len(steps)
