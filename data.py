@@ -152,9 +152,12 @@ def encode(conversation, tokenizer, image_tokens, shown=None, max_length=None, m
             add(tokenizer.encode(_quote(turn.answer)) + [tokenizer.eos], trained=True)
         if max_length and len(ids) > max_length or max_images and len(images) + len(turn.images) > max_images:
             del ids[start:], labels[start:], modality[start:]
-            return Example(*map(torch.tensor, (ids, labels, modality)), images, len(conversation) - done)
+            break
         images += turn.images
-    return Example(*map(torch.tensor, (ids, labels, modality)), images)
+    else:
+        done = len(conversation)
+    tensors = (torch.from_numpy(np.array(part, np.int64)) for part in (ids, labels, modality))  # (T), (T), (T)
+    return Example(*tensors, images, len(conversation) - done)  # torch.tensor would take longer than all the rest
 
 
 # ---- data sets -----------------------------------------------------------------------------------------------------
@@ -163,11 +166,9 @@ def encode(conversation, tokenizer, image_tokens, shown=None, max_length=None, m
 # wording, a caption, an order) is chosen anew each epoch. A record that it leaves out is a text instead, "id: why".
 
 MAX_IMAGES = 8  # of one conversation, as in the original; also the default of --max_images
-COCO = "train2017.zip of cocodataset.org"
-LLAVA = "LLaVA-Instruct-150K (liuhaotian/LLaVA-Instruct-150K on Hugging Face)"
-MIMICIT = "MIMIC-IT (pufanyi/MIMICIT on Hugging Face)"
-SPARKLES = "SparklesDialogue (HYPJUDY/Sparkles on Hugging Face)"
-MINIGPT4 = "MiniGPT-4's second stage (cc_sbu_align.zip, linked in Vision-CAIR/MiniGPT-4 on GitHub)"
+COCO, LLAVA = "cocodataset.org (train2017.zip)", "liuhaotian/LLaVA-Instruct-150K on Hugging Face"
+MIMICIT, SPARKLES = "pufanyi/MIMICIT on Hugging Face", "HYPJUDY/Sparkles on Hugging Face"
+MINIGPT4, OCRVQA = "Vision-CAIR/MiniGPT-4 on GitHub (cc_sbu_align.zip)", "ocr-vqa.github.io"
 DESCRIBE = ["Please describe this image.", "What does this image show?", "Write a caption for this image.",
             "Give this image a fitting title.", "Tell me what you see here.", "Summarize the content of the image.",
             "What is going on in this picture?", "How would you describe this picture to somebody who cannot see it?"]
@@ -204,17 +205,17 @@ def _wrong(value, shape):
 def _read(file, source, shape):
     """The content of a data set's JSON file; InputError with the index of a record that is not of the shape"""
     if not file.exists():
-        raise InputError(f"{file} is missing: that of {source} belongs there")
+        raise InputError(f"{file} is missing: {source} has it")
     content = read_json(file, type(shape))
     if wrong := _wrong(content, shape):
-        raise InputError(f"{file}{wrong}: not the form of {source}")
+        raise InputError(f"{file}{wrong}")
     return content
 
 
 def _pictures(folder, source):
     """The path of a folder of pictures; InputError that says where to get it"""
     if not folder.is_dir():
-        raise InputError(f"{folder} is missing: the pictures of {source} belong there")
+        raise InputError(f"the folder of pictures {folder} is missing: {source} has them")
     return str(folder)
 
 
@@ -267,16 +268,17 @@ def minigpt4(folder, out):
 
 def coco_caption(folder, out):
     """COCO's captions, five or so a picture, of which one is drawn."""
-    pictures = _pictures(folder / "coco/2014", "train2014.zip and val2014.zip of cocodataset.org, both together,")
+    pictures = _pictures(folder / "coco/2014", "cocodataset.org (train2014.zip, val2014.zip)")
     shape = {"images": [{"filename": str, "sentences": [{"raw": str}]}]}
-    source = "Karpathy's split (dataset_coco.json of caption_datasets.zip)"
+    source = "cs.stanford.edu/people/karpathy/deepimagesent (caption_datasets.zip: dataset_coco.json)"
     for record in _read(folder / "coco_caption/dataset.json", source, shape)["images"]:
-        yield _described(f"{pictures}/{record['filename']}", [sentence["raw"] for sentence in record["sentences"]])
+        captions, name = [sentence["raw"] for sentence in record["sentences"]], record["filename"]
+        yield _described(f"{pictures}/{name}", captions) if captions else f"{name}: no caption"
 
 
 def aokvqa(folder, out):
     """A-OKVQA: a question that takes knowledge, a request for the reason, the right choice and all reasons."""
-    pictures, source = _pictures(folder / "coco/train2017", COCO), "A-OKVQA (aokvqa_v1p0.tar.gz of allenai/aokvqa)"
+    pictures, source = _pictures(folder / "coco/train2017", COCO), "allenai/aokvqa on GitHub (aokvqa_v1p0.tar.gz)"
     file = folder / "aokvqa/annotations/aokvqa_v1p0_train.json"
     shape = [{"image_id": int, "question": str, "choices": [str], "correct_choice_idx": int, "rationales": [str]}]
     for index, record in enumerate(_read(file, source, shape)):
@@ -290,19 +292,19 @@ def aokvqa(folder, out):
 
 def ocr_vqa(folder, out):
     """OCR-VQA: the cover of a book, one of the questions about it. Placeholders one pixel wide or high are left out."""
-    source = "OCR-VQA (ocr-vqa.github.io)"
-    pictures = _pictures(folder / "OCR_VQA/images", source)
+    pictures = _pictures(folder / "OCR_VQA/images", OCRVQA)
     shape = {...: {"imageURL": str, "questions": [str], "answers": [str]}}
-    for key, record in _read(folder / "OCR_VQA/dataset.json", source, shape).items():
+    for key, record in _read(folder / "OCR_VQA/dataset.json", OCRVQA, shape).items():
         name = key + os.path.splitext(record["imageURL"])[1]
-        size, picture = None, f"{pictures}/{name}"
+        size, picture = (0, 0), f"{pictures}/{name}"
         if name in _listing(pictures) and os.path.getsize(picture) < 10_000:  # a larger file is no placeholder
             with contextlib.suppress(InputError):  # a broken one is replaced when its turn comes
                 size = load_image(picture).size
-        if size and min(size) == 1:
-            yield f"{key}: picture of {size[0]} x {size[1]} pixels"
+        rounds = [[Turn(q, a, [picture])] for q, a in zip(record["questions"], record["answers"])]
+        if min(size) == 1 or not rounds:
+            yield f"{key}: picture of {size[0]} x {size[1]} pixels" if rounds else f"{key}: no question"
         else:
-            yield partial(_one_of, [[Turn(q, a, [picture])] for q, a in zip(record["questions"], record["answers"])])
+            yield partial(_one_of, rounds)
 
 
 def _groups(folder, name, choose):
@@ -350,7 +352,7 @@ def _picture_index(file, out):
     """Where the pictures of a JSON object {id: base64} lie: id -> [offset, length]. The file is read through once, in
     blocks; the result is kept beside it, or in `out` where its folder cannot be written."""
     if not file.exists():
-        raise InputError(f"{file} is missing: the pictures of {MIMICIT} belong there")
+        raise InputError(f"{file} is missing: {MIMICIT} has it")
     version = [file.stat().st_size, file.stat().st_mtime_ns]
     places = [file.with_name(f"{file.name}.index"), out / f"{file.name}.index"]
     for place in filter(Path.exists, places):
@@ -383,6 +385,8 @@ def _picture_index(file, out):
             return pictures
         except OSError as error:
             failed = error
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
     raise InputError(f"the index of {file} cannot be written, beside it or in {out}: {failed}") from failed
 
 
@@ -392,10 +396,10 @@ STYLES = [[f"image {c}" for c in "abcdefgh"], [f"image {c}" for c in "ABCDEFGH"]
 
 def _sparkles(rounds, style):
     """rounds: (user's text, assistant's text, ids, pictures); a picture that has been shown is called by its name."""
-    names, conversation = {}, []
+    shown, names, conversation = 0, {}, []
     for user, assistant, ids, pictures in rounds:
-        for i in ids:
-            names.setdefault(i, style[len(names)])
+        for shown, i in enumerate(ids, shown + 1):
+            names.setdefault(i, style[shown - 1])
         known, texts = "|".join(map(re.escape, names)), []
         for text in (" ".join(user.replace("<Img><ImageHere></Img>", "").split()), assistant):
             text = re.sub(rf"IMAGE#({known})(?!\w)", lambda m: names.get(m[1], m[0]), text, flags=re.ASCII)
@@ -452,7 +456,7 @@ def own(file, folder, out):
     """Your own conversations: a JSON list of lists of {"images": [...], "question": "...", "answer": "..."}, one object
     for each round; paths of pictures are relative to the file."""
     file = Path(file)
-    for rounds in _read(file, "--datasets", [[{"question": str, "answer": str, "images?": [str]}]]):
+    for rounds in _read(file, "chat.py's /save", [[{"question": str, "answer": str, "images?": [str]}]]):
         yield partial(_one_of, [[Turn(r["question"], r["answer"], [str(file.parent / i) for i in r.get("images", [])])
                                  for r in rounds]])
 
@@ -489,8 +493,8 @@ def blend_llava_otter(rounds, pictures, about, rng):
     for n, (picture, conversations) in enumerate(zip(pictures, about), 1):
         chosen = rng.sample(conversations, rng.randint(n < len(pictures), len(conversations)))
         if chosen:
-            own = [replace(turn, images=[]) for conversation in chosen for turn in conversation]
-            blended += [replace(own[0], images=[picture]), *own[1:]]
+            first, *others = [replace(turn, images=[]) for conversation in chosen for turn in conversation]
+            blended += [replace(first, images=[picture]), *others]
             unseen.remove(picture)
     chosen = rng.sample(rounds, rng.randint(1, len(rounds)))
     return blended + [replace(chosen[0], images=unseen), *chosen[1:]]

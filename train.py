@@ -197,8 +197,8 @@ def batches(conversations, model, tokenizer, args):
     dummy.pixels = [torch.zeros(3, config.image_size, config.image_size)]
     sampler = [list(part) for part in micro_batches(len(samples), args, dist.get_world_size(), dist.get_rank())]
     return torch.utils.data.DataLoader(samples, batch_sampler=sampler, num_workers=args.workers,
-                                       multiprocessing_context="fork" if args.workers else None,  # shares what is Packed
-                                       collate_fn=partial(finish_batch, dummy=dummy))
+                                       collate_fn=partial(finish_batch, dummy=dummy),
+                                       multiprocessing_context="fork" if args.workers else None)  # shares Packed
 
 
 def next_step(loader, accumulation, device):

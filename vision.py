@@ -80,7 +80,9 @@ def load_image(path):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image)
+                if max(image.size) > 500 * min(image.size):
+                    raise ValueError(f"{image.width} x {image.height} pixels is too long to be made a square")
+                ImageOps.exif_transpose(image, in_place=True)
                 if image.mode.startswith("I"):  # 16 bits a pixel
                     image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
                 if image.has_transparency_data:
@@ -122,13 +124,14 @@ def preprocess(image, config):
         width, height = (int(short * side / scale) for side in image.size)
     else:
         width, height = size["width"], size["height"]
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    if "height" in crop:
-        left, top = (width - crop["width"]) // 2, (height - crop["height"]) // 2
-        image = image.crop((left, top, left + crop["width"], top + crop["height"]))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255                # (3, S, S)
-    mean, std = torch.tensor(config["image_mean"]), torch.tensor(config["image_std"])        # (3), (3)
-    return ((pixels - mean[:, None, None]) / std[:, None, None]).contiguous()                # (3, S, S)
+    across, down = crop.get("width", width), crop.get("height", height)
+    left, top = (width - across) // 2, (height - down) // 2
+    # Pillow resizes across, then down: what the crop takes away on the sides needs no second pass
+    image = image.resize((width, image.height), Image.Resampling.BICUBIC).crop((left, 0, left + across, image.height))
+    image = image.resize((across, height), Image.Resampling.BICUBIC).crop((0, top, across, top + down))
+    mean, std = (torch.tensor(config[name])[:, None, None] for name in ("image_mean", "image_std"))  # (3, 1, 1)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float()         # (3, S, S)
+    return pixels.div_(255).sub_(mean).div_(std)                                             # (3, S, S)
 
 
 # ---- the CLIP vision transformer -----------------------------------------------------------------------------------

@@ -2,20 +2,32 @@
 
     python tests/bench.py mmca      the fast path against the formula and against plain causal attention
     python tests/bench.py mmca --threads 1
+    python tests/bench.py data      reading pictures for training against Pillow alone; picture files of gigabytes
 """
 import argparse
+import base64
+import io
+import json
 import platform
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from data import Samples, Tokenizer, Turn, collate, read_datasets  # noqa: E402
 from mmca import IMAGE, PAD, TEXT, attend, attend_explicit, attention_matrix, pattern  # noqa: E402
+from vision import CLIP_PREPROCESSING  # noqa: E402
 
 
 def medians(functions, rounds):
@@ -67,16 +79,95 @@ def bench_mmca(args):
             print(f"  {label:<56} {seconds * 1000:8.1f} ms  {seconds / causal:6.3f} of causal")
 
 
+def photograph(seed, size=(500, 375)):
+    """A made-up JPEG of about the size and detail of a photograph in COCO"""
+    rng = np.random.default_rng(seed)
+    layers = [Image.fromarray(rng.integers(0, 256, (n, n, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+              for n in (4, 24, 120)]
+    file = io.BytesIO()
+    Image.blend(Image.blend(layers[0], layers[1], 0.4), layers[2], 0.3).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def bench_data(args):
+    """Samples per second of one process; then a picture file of gigabytes, read as train.py reads it"""
+    fixtures = Path(__file__).parent / "fixtures"
+    with tempfile.TemporaryDirectory() as folder:
+        files = []
+        for n in range(128):
+            files.append(f"{folder}/{n}.jpg")
+            Path(files[-1]).write_bytes(photograph(n))
+        samples = Samples([[Turn("What is to be seen?", "A picture of many colours.", [file])] for file in files],
+                          Tokenizer(fixtures / "tokenizer.model"), 257, {"size": 224, "crop_size": 224, **CLIP_PREPROCESSING}, 4096, 8)
+
+        def pillow():
+            for file in files:
+                with Image.open(file) as image:
+                    image.convert("RGB").resize((298, 224), Image.Resampling.BICUBIC)
+
+        def ours():
+            for first in range(0, len(files), 8):
+                collate([samples[n][0] for n in range(first, first + 8)])
+
+        alone, whole = medians([pillow, ours], args.rounds)
+        print(f"\n{len(files)} JPEGs of 500 x 375, {sum(Path(f).stat().st_size for f in files) / len(files) / 1000:.0f} kB each, batches of 8")
+        print(f"  Pillow, decode and resize                                 {len(files) / alone:8.1f} pictures/s")
+        print(f"  read, decode, resize, normalize, tokens, collate          {len(files) / whole:8.1f} samples/s   {alone / whole:6.3f} of Pillow")
+    small, large = (bench_picture_file(n, fixtures) for n in (400, 20_000))
+    print(f"  more resident memory with the large file: {(large - small) / 1e6:.0f} MB")
+
+
+def bench_picture_file(count, fixtures):
+    """Train on a made-up MIMIC-IT/SD.json of count pictures, twice -> the most resident memory of all processes (bytes;
+    pages that they share counted once)"""
+    with tempfile.TemporaryDirectory() as folder:
+        mimic = Path(folder, "sets/MIMIC-IT")
+        mimic.mkdir(parents=True)
+        photographs = [base64.b64encode(photograph(n, (700, 525))).decode() for n in range(20)]
+        with open(mimic / "SD.json", "w") as file:
+            for n in range(count):
+                print("{" if n == 0 else ",", f'"SD_IMG_{n}": "{photographs[n % 20]}"', file=file)
+            print("}", file=file)
+        data = {f"SD_INS_{n}": {"instruction": "What moved?", "answer": "Nothing.", "image_ids": [f"SD_IMG_{n}", f"SD_IMG_{n + 1}"],
+                                "rel_ins_ids": []} for n in range(0, count, 2)}
+        (mimic / "SD_instructions.json").write_text(json.dumps({"data": data}))
+        shutil.copytree(fixtures / "tiny-llama", f"{folder}/llama")
+        shutil.copy(fixtures / "tokenizer.model", f"{folder}/llama")
+        print(f"\n{count} pictures in a file of {(mimic / 'SD.json').stat().st_size / 1e9:.2f} GB")
+        args = argparse.Namespace(data_path=Path(folder, "sets"), out=Path(folder, "out"), datasets=["otter_mimicit_sd"],
+                                  concatenate=None, samples=["all"], seed=0)
+        for name in ("first", "second"):
+            began = time.perf_counter()
+            read_datasets(args)
+            print(f"  {name} start: the data set is read in {time.perf_counter() - began:.2f} s")
+        run = subprocess.Popen([sys.executable, "train.py", "--language_model", f"{folder}/llama", "--vision_model", fixtures / "tiny-clip",
+                                "--data_path", f"{folder}/sets", "--datasets", "otter_mimicit_sd", "--max_steps", "12", "--batch_size", "8",
+                                "--epochs", "1", "--eval_fraction", "0", "--out", f"{folder}/out"], cwd=Path(__file__).parent.parent,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        most = 0
+        while run.poll() is None:
+            try:
+                family = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+                most = max(most, sum(process.memory_full_info().pss for process in family))
+            except psutil.NoSuchProcess:
+                pass
+            time.sleep(0.01)
+        if run.returncode:
+            sys.exit(run.stderr.read().decode())
+        print(f"  training, 12 steps of 8: {most / 1e6:.0f} MB resident at most, process and workers together")
+        return most
+
+
 def main():
     """The command line"""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["mmca"])
+    parser.add_argument("what", choices=["mmca", "data"])
     parser.add_argument("--rounds", type=int, default=9, help="medians of so many")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, float32")
-    {"mmca": bench_mmca}[args.what](args)
+    {"mmca": bench_mmca, "data": bench_data}[args.what](args)
 
 
 if __name__ == "__main__":

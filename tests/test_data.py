@@ -6,11 +6,14 @@ import json
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIXTURES
+from conftest import FIXTURES, ROOT
+from PIL import Image
 
 from data import (DATASETS, DESCRIBE, REASON, Epoch, Samples, Tokenizer, Turn, collate, concatenate, encode, hold_out,
                   read_datasets)
@@ -247,7 +250,7 @@ def test_what_is_missing_or_broken_is_named(sets):
     assert "dataset.json['0590012347']['questions']: 'why' is no list" in said("ocr_vqa")
     llava, mimic = sets / "llava/detail_23k.json", sets / "MIMIC-IT/SD_instructions.json"
     break_json(llava, lambda c: c[2]["conversations"][1].pop("value"))
-    assert "detail_23k.json[2]['conversations'][1] has no 'value': not the form of LLaVA" in said("llava")
+    assert "detail_23k.json[2]['conversations'][1] has no 'value'" in said("llava")
     break_json(llava, lambda c: c.__setitem__(1, 7))
     assert "detail_23k.json[1]: '7' is no dict" in said("llava")
     break_json(llava, lambda c: c[1:] and c.__setitem__(slice(None), [{"image": None, "conversations": []}]))
@@ -255,7 +258,7 @@ def test_what_is_missing_or_broken_is_named(sets):
     llava.write_text("[1, 2")
     assert "not valid JSON" in said("llava") and "line 1, column" in said("llava")
     llava.unlink()
-    assert "detail_23k.json is missing: that of LLaVA-Instruct-150K" in said("llava_otter_blend")
+    assert "detail_23k.json is missing: liuhaotian/LLaVA-Instruct-150K on Hugging Face has it" in said("llava_otter_blend")
     break_json(sets / "llava/conversation_58k.json", lambda c: c[3]["conversations"].pop(0))
     assert "conversation_58k.json[3]: human and gpt should take turns" in said("llava_dial")
     break_json(mimic, lambda c: c["data"]["SD_INS_00002"].update(image_ids=["x", 3]))
@@ -265,9 +268,9 @@ def test_what_is_missing_or_broken_is_named(sets):
     for name, folder in (("minigpt4", "cc_sbu_align/image"), ("ocr_vqa", "OCR_VQA/images"), ("coco_caption", "coco/2014"),
                          ("sparkles_dialogue", "SparklesDialogueVG/images"), ("otter_mimicit_cgd", "coco/train2017")):
         shutil.rmtree(sets / folder)
-        assert f"{folder} is missing: the pictures of" in said(name)
+        assert f"{folder} is missing: " in said(name) and "has them" in said(name)
     (sets / "MIMIC-IT/TVC.json").unlink()
-    assert "TVC.json is missing: the pictures of MIMIC-IT" in said("otter_mimicit_tvc")
+    assert "TVC.json is missing: pufanyi/MIMICIT" in said("otter_mimicit_tvc")
 
 
 @pytest.mark.parametrize("broken", ["", "[]", '{"a": "aGk="', '{"a": "aGk=",, "b": "aGk="}', '{"a": ["x"]}', '{"a": "aGk=", "b',
@@ -358,3 +361,31 @@ def test_a_tokenizer_learned_from_data(tmp_path):
     assert (tokenizer.bos, tokenizer.eos) == (1, 2)
     with pytest.raises(InputError, match="no tokenizer can be learned"):
         Tokenizer.train(conversations, 20, tmp_path / "t.model")
+
+
+def test_show_prints_what_the_model_sees(sets):
+    break_json(sets / "llava/detail_23k.json", lambda c: c[0]["conversations"][0].update(value="Is\x1b[2Jit <image> </s>?"))
+    (sets / "coco/train2017/000000268831.jpg").unlink()
+    command = [sys.executable, "data.py", "--show", "14", "--language_model", FIXTURES, "--vision_model", FIXTURES / "tiny-clip",
+               "--data_path", sets, "--out", sets / "out", "--concatenate", "1", "--datasets", "llava", "sparkles_dialogue"]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.split("---- ")
+    assert [part.split(":")[0] for part in shown[1:-1]] == [f"sample {n}" for n in range(1, 15)]
+    assert "\n### Image 1:<image 1: 17 tokens>\n### Question: Is[2Jit </s>? \n### Answer:[A single red disc" in done.stdout
+    assert "image 2:<image 2: 17 tokens>".lower() in done.stdout.lower() and "\x1b" not in done.stdout
+    counts = shown[-1].split("\n\n")[1].splitlines()
+    assert counts[1].split()[:5] == ["llava", "9", "9", "9", "9"] and counts[3].split()[:5] == ["sparkles_dialogue", "5", "5", "10", "17"]
+    assert counts[2].strip() == f"1 lacks a picture: {sets}/coco/train2017/000000268831.jpg"
+    assert "2 left out, a picture file is missing: SparklesDialogueCC[3], SparklesDialogueVG[1]" in done.stdout
+    with Image.open(sets / "out/samples.png") as sheet:
+        assert sheet.height == 14 * 176 and sheet.width >= 2 * 160
+    done = subprocess.run([*map(str, command), "lava"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("data.py: data set 'lava' is not known") and "Traceback" not in done.stderr
+
+
+def test_a_record_without_a_question_or_a_caption_is_left_out(sets):
+    break_json(sets / "OCR_VQA/dataset.json", lambda c: c["0590012347"].update(questions=[]))
+    assert drafts("ocr_vqa", sets)[1][0] == "0590012347: no question"
+    break_json(sets / "coco_caption/dataset.json", lambda c: c["images"][0].update(sentences=[]))
+    assert drafts("coco_caption", sets)[1] == ["COCO_train2014_000000391895.jpg: no caption"]

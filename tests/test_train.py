@@ -110,7 +110,7 @@ def test_from_nothing_with_a_learned_tokenizer_then_chat(folder):
 def test_bad_input_is_one_sentence_and_exit_code_2(folder):
     base = ["--datasets", "llava_dial", "--batch_size", "4"]
     assert "'lava' is not known; the known ones are llava," in run(folder, "--datasets", "lava", fails=True)
-    assert "detail_23k.json is missing: that of LLaVA-Instruct-150K" in run(folder, "--datasets", "llava", fails=True)
+    assert "detail_23k.json is missing: liuhaotian/LLaVA-Instruct-150K" in run(folder, "--datasets", "llava", fails=True)
     assert "no multiple of --micro_batch_size 4 x 1" in run(folder, "--datasets", "llava_dial", "--batch_size", "6", fails=True)
     assert "--samples has 3 values for 1" in run(folder, *base, "--samples", "1", "2", "3", fails=True)
     assert "holds no model: config.json" in run(folder, *base, "--vision_model", folder / "nowhere", fails=True)

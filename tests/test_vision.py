@@ -82,6 +82,9 @@ def test_a_picture_that_cannot_be_read_is_named_with_the_reason(tmp_path, monkey
     (tmp_path / "half.jpg").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(InputError, match="half.jpg cannot be read: .*truncated"):
         load_image(tmp_path / "half.jpg")
+    Image.new("RGB", (1, 60_000)).save(tmp_path / "thread.png")
+    with pytest.raises(InputError, match="thread.png cannot be read: 1 x 60000 pixels is too long"):
+        load_image(tmp_path / "thread.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(InputError, match="decompression bomb"):
         load_image(CLIP / "images/palette_p.png")
