@@ -107,6 +107,11 @@ def _quote(text):
     return re.sub("^###", " ###", text, flags=re.MULTILINE)
 
 
+@functools.cache
+def _heading(text, tokenizer):
+    return tokenizer.encode(text)
+
+
 @dataclass
 class Example:
     """One encoded conversation: input_ids, labels, modality (T), the pictures in order and, once they are read, their
@@ -137,17 +142,17 @@ def encode(conversation, tokenizer, image_tokens, shown=None, max_length=None, m
         modality.extend([kind] * len(piece))
 
     if shown is None:
-        add([tokenizer.bos] + tokenizer.encode(SYSTEM))
+        add([tokenizer.bos] + _heading(SYSTEM, tokenizer))
     for done, turn in enumerate(conversation):
         start, lines = len(ids), "\n\n"
         for _ in turn.images:
             number += 1
-            add(tokenizer.encode(f"{lines}### Image {number}:"))
+            add(_heading(f"{lines}### Image {number}:", tokenizer))
             add([0] * image_tokens, kind=IMAGE)
             lines = "\n"
-        add(tokenizer.encode(f"{lines}### Question:"))
+        add(_heading(f"{lines}### Question:", tokenizer))
         add(tokenizer.encode(_quote(turn.question)))
-        add(tokenizer.encode("\n### Answer:"))
+        add(_heading("\n### Answer:", tokenizer))
         if turn.answer is not None:
             add(tokenizer.encode(_quote(turn.answer)) + [tokenizer.eos], trained=True)
         if max_length and len(ids) > max_length or max_images and len(images) + len(turn.images) > max_images:
@@ -604,9 +609,10 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, index):
         broken = None
         for place in range(index, index + 100):  # so many in a row are not met where less than 1% is broken
-            example = encode(self.conversations[place % len(self)], self.tokenizer, self.image_tokens,
-                             max_length=self.max_length, max_images=self.max_images)
-            if (example.labels == -100).all():
+            conversation = self.conversations[place % len(self)]
+            example = encode(conversation, self.tokenizer, self.image_tokens, max_length=self.max_length,
+                             max_images=self.max_images)
+            if example.left_out == len(conversation):
                 return None, example.left_out, broken
             try:
                 example.pixels = [preprocess(load_image(image), self.preprocessing) for image in example.images]

@@ -88,7 +88,8 @@ def load_image(path):
                 if image.has_transparency_data:
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                return image.convert("RGB")
+                image.load()
+                return image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, NotImplementedError, Image.DecompressionBombError,
             Image.DecompressionBombWarning) as error:
         name = f"{file}, bytes {offset} to {offset + length}" if isinstance(path, BytesIO) else path
