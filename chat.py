@@ -238,7 +238,7 @@ def main():
         chat = Chat(model, Tokenizer(args.checkpoint / "language_model" / "tokenizer.model"))
         run_script(chat, args.script, args.out, args) if args.script else repl(chat, args)
     except InputError as error:
-        print(f"chat.py: {error}", file=sys.stderr)
+        print(printable(f"chat.py: {error}"), file=sys.stderr)
         sys.exit(2)
 
 

@@ -209,7 +209,7 @@ def _wrong(value, shape):
 
 def _read(file, source, shape):
     """The content of a data set's JSON file; InputError with the index of a record that is not of the shape"""
-    if not file.exists():
+    if source and not file.exists():
         raise InputError(f"{file} is missing: {source} has it")
     content = read_json(file, type(shape))
     if wrong := _wrong(content, shape):
@@ -461,7 +461,7 @@ def own(file, folder, out):
     """Your own conversations: a JSON list of lists of {"images": [...], "question": "...", "answer": "..."}, one object
     for each round; paths of pictures are relative to the file."""
     file = Path(file)
-    for rounds in _read(file, "chat.py's /save", [[{"question": str, "answer": str, "images?": [str]}]]):
+    for rounds in _read(file, None, [[{"question": str, "answer": str, "images?": [str]}]]):
         yield partial(_one_of, [[Turn(r["question"], r["answer"], [str(file.parent / i) for i in r.get("images", [])])
                                  for r in rounds]])
 
@@ -678,8 +678,8 @@ def arguments(description):
 
 
 def printable(text):
-    """Text without the control characters that a terminal would obey"""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
+    """Text without the control characters that a terminal would obey, and without halves of characters"""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text.encode("utf-8", "replace").decode())
 
 
 def render(example, tokenizer, colour=True):
@@ -743,7 +743,7 @@ def show(args):
         reasons["rounds left out by --max_length or --max_images"] = [str(left_out)] * left_out
         for why, which in reasons.items():
             if which:
-                print(f"    {len(which):,} {why}: {', '.join(which[:3])}{', ...' if which[3:] else ''}")
+                print(printable(f"    {len(which):,} {why}: {', '.join(which[:3])}{', ...' if which[3:] else ''}"))
 
 
 def main():
@@ -752,8 +752,8 @@ def main():
     add("--show", type=positive, default=3, metavar="N", help="so many samples")
     try:
         show(parser.parse_args())
-    except InputError as error:
-        print(f"data.py: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        print(printable(f"data.py: {error}"), file=sys.stderr)
         sys.exit(2)
 
 

@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Epoch, Samples, Tokenizer, Turn, arguments, collate, encode, hold_out, positive, read_datasets
+from data import (Epoch, Samples, Tokenizer, Turn, arguments, collate, encode, hold_out, positive, printable,
+                  read_datasets)
 from model import Llama, LlamaConfig, VisualChat, choose_device, has_weights, is_main, load_llama, load_vit
 from vision import InputError, ViT, ViTConfig, read_preprocessing
 
@@ -285,7 +286,7 @@ def train(args):
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {trained:,} of them trained; "
               f"{sum(map(len, training))} conversations to train on, {sum(map(len, rest))} held out; {total} steps")
         if lost:
-            print(f"{len(lost)} of {count} samples lack a picture and are replaced, among them {', '.join(lost[:5])}")
+            print(printable(f"{len(lost)} of {count} samples lack a picture and are replaced: {', '.join(lost[:5])}"))
 
     # engine
     def schedule(step):
@@ -368,7 +369,7 @@ def main():
         train(args)
     except InputError as error:
         if int(os.environ.get("RANK", 0)) == 0:
-            tqdm.write(f"train.py: {error}", file=sys.stderr)  # on a line of its own, whatever the bar is doing
+            tqdm.write(printable(f"train.py: {error}"), file=sys.stderr)  # on its own line, whatever the bar does
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(2) if dist.is_initialized() else sys.exit(2)
 

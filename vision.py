@@ -29,7 +29,7 @@ def read_json(path, kind=dict):
     """The content of a JSON file, an object or, with kind=list, a list; InputError with the name of the file and the
     position where it is broken."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         if isinstance(content, kind):
             return content
         raise InputError(f"{path} holds no JSON {'object' if kind is dict else 'list'}")

@@ -245,7 +245,7 @@ def test_what_is_missing_or_broken_is_named(sets):
 
     assert "'lava' is not known; the known ones are llava, llava_dial" in said("lava")
     assert "--samples has 2 values for 1 data sets" in said("llava", samples=[1, 2])
-    assert "nowhere.json is missing" in said(str(sets / "nowhere.json"))
+    assert "nowhere.json cannot be read: No such file" in said(str(sets / "nowhere.json"))
     break_json(sets / "OCR_VQA/dataset.json", lambda c: c["0590012347"].update(questions="why"))
     assert "dataset.json['0590012347']['questions']: 'why' is no list" in said("ocr_vqa")
     llava, mimic = sets / "llava/detail_23k.json", sets / "MIMIC-IT/SD_instructions.json"
@@ -365,7 +365,9 @@ def test_a_tokenizer_learned_from_data(tmp_path):
 
 def test_show_prints_what_the_model_sees(sets):
     break_json(sets / "llava/detail_23k.json", lambda c: c[0]["conversations"][0].update(value="Is\x1b[2Jit <image> </s>?"))
+    break_json(sets / "SparklesDialogueCC/annotations/SparklesDialogueCC.json", lambda c: c[3]["dialogue"][0]["images"][0].update(image_id="\x1b[2J"))
     (sets / "coco/train2017/000000268831.jpg").unlink()
+    (sets / "mine.json").write_text("\ufeff" + json.dumps([[{"images": ["\ud800\x1b[2J.jpg"], "question": "\ud800", "answer": "a"}]]))
     command = [sys.executable, "data.py", "--show", "14", "--language_model", FIXTURES, "--vision_model", FIXTURES / "tiny-clip",
                "--data_path", sets, "--out", sets / "out", "--concatenate", "1", "--datasets", "llava", "sparkles_dialogue"]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
@@ -380,6 +382,10 @@ def test_show_prints_what_the_model_sees(sets):
     assert "2 left out, a picture file is missing: SparklesDialogueCC[3], SparklesDialogueVG[1]" in done.stdout
     with Image.open(sets / "out/samples.png") as sheet:
         assert sheet.height == 14 * 176 and sheet.width >= 2 * 160
+    done = subprocess.run([*map(str, command), sets / "mine.json"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 lacks a picture: " in done.stdout and "\x1b" not in done.stdout, done.stderr
+    done = subprocess.run([*map(str, command), "lava", "--out", sets / "llava/detail_23k.json"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     done = subprocess.run([*map(str, command), "lava"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("data.py: data set 'lava' is not known") and "Traceback" not in done.stderr
 
