@@ -80,7 +80,7 @@ class Chat:
         next round, and a round whose question was not read to its end has not been said."""
         features = [self.look_at(image) for image in images]
         turn = Turn(question, None, list(images))
-        example = encode([turn], self.tokenizer, self.model.vision_model.config.image_tokens, self.shown)
+        example = encode([turn], self.tokenizer, self.model.image_tokens, self.shown)
         ids = torch.tensor([self.pending + example.input_ids.tolist()], device=self.device)      # (1, T)
         modality = torch.tensor([[TEXT] * len(self.pending) + example.modality.tolist()], device=self.device)  # (1, T)
         room = self.config.max_position_embeddings - self.cache.length - ids.shape[1] - 1

@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from mmca import IMAGE, PAD, TEXT
-from vision import InputError, ViTConfig, load_image, preprocess, read_json
+from vision import InputError, image_tokens, load_image, preprocess, read_json, read_vit_config
 
 SYSTEM = "You are a powerful vision-language assistant."
 
@@ -662,7 +662,10 @@ def arguments(description):
         parser.add_argument(flag, default=default, help=said, **options)
 
     add("--language_model", type=Path, required=True, metavar="DIR", help="LLaMA-2 in Hugging Face layout")
-    add("--vision_model", type=Path, required=True, metavar="DIR", help="CLIP vision model in Hugging Face layout")
+    add("--vision_model", type=Path, required=True, metavar="DIR", help="CLIP's vision model, or Qwen-VL's alone or "
+        "in its whole checkpoint, in Hugging Face layout")
+    add("--projection", choices=["linear", "vit", "perceiver"], default="linear", help="from features to word vectors")
+    parser.add_argument("--no_class_token", dest="class_token", action="store_false", help="CLIP's patches alone")
     add("--data_path", type=Path, default=Path("data"), metavar="DIR", help="the folder that holds the data sets")
     add("--datasets", nargs="+", default=["llava", "llava_dial"], metavar="NAME", help=f"of {', '.join(DATASETS)}, or "
         "path/to/your_own.json")
@@ -712,7 +715,7 @@ def contact_sheet(samples, side=160):
 def show(args):
     """Print samples of the first epoch, write the sheet of their pictures; then count all samples, set by set"""
     sets, tokenizer = read_datasets(args), Tokenizer(args.language_model / "tokenizer.model")
-    tokens = ViTConfig.read(args.vision_model).image_tokens
+    tokens = image_tokens(args.projection, read_vit_config(args.vision_model, class_token=args.class_token))
     tokenize = partial(encode, tokenizer=tokenizer, image_tokens=tokens, max_length=args.max_length,
                        max_images=args.max_images)
     mixed = Epoch(sets, [range(len(data.drafts)) for data in sets], args.seed, 0)

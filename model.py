@@ -12,8 +12,9 @@ import json
 import os
 import pickle
 import shutil
+from collections import OrderedDict
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mmca import IMAGE, TEXT, attend, image_term, pattern
-from vision import InputError, ViT, ViTConfig, check_sizes, read_json, read_preprocessing, read_section
+from vision import (InputError, QwenConfig, QwenViT, Resampler, ViT, ViTConfig, ViTLayer, check_sizes, image_tokens,
+                    read_json, read_preprocessing, read_section, read_vit_config)
 
 
 def choose_device(device=None, dtype=None):
@@ -90,7 +92,7 @@ class LlamaConfig:
             raise InputError(f"{file} is not that of a LLaMA: {error.args[0]} missing") from error
         except (TypeError, ZeroDivisionError) as error:
             raise InputError(f"{file}: hidden_size and num_attention_heads must be whole numbers from 1") from error
-        check_sizes(file, config, fields(cls)[:8])
+        check_sizes(file, config)
         return config
 
 
@@ -297,11 +299,32 @@ class _CacheLayer:
 # ---- pictures among the words --------------------------------------------------------------------------------------
 
 def make_projection(kind, vision, language):
-    """Features (N, P, Dv) -> word-sized vectors (N, P, D). "linear" (the original's `baseline`): Linear, LayerNorm."""
-    if kind != "linear":
-        raise InputError(f"projection {kind!r} is not known, only linear")
+    """Features (N, P, Dv) -> word-sized vectors (N, P, D): "linear" (the original's `baseline`), "vit" (one more CLIP
+    block of the tower's sizes, then linear) or "perceiver" (256 queries look at the features, P becomes 256)."""
     D = language.hidden_size
-    return nn.Sequential(nn.Linear(vision.hidden_size, D), nn.LayerNorm(D, eps=1e-12))
+    if kind == "perceiver":
+        return Perceiver(vision, D)
+    linear = nn.Sequential(nn.Linear(vision.hidden_size, D), nn.LayerNorm(D, eps=1e-12))
+    if kind == "vit":
+        return nn.Sequential(OrderedDict(vis_layer=ViTLayer(vision), projection=linear))
+    if kind != "linear":
+        raise InputError(f"projection {kind!r} is not known, only linear, vit and perceiver")
+    return linear
+
+
+class Perceiver(Resampler):
+    """Qwen-VL's resampler on the patches of any tower (the class token is left out), then LayerNorm and Linear."""
+
+    def __init__(self, vision, D):
+        super().__init__(vision.hidden_size, D, eps=1e-12, kv_proj=nn.Linear(vision.hidden_size, D))
+        self.projection, self.first = nn.Sequential(nn.LayerNorm(D, eps=1e-12), nn.Linear(D, D)), int(vision.class_token)
+        for linear in (self.kv_proj, self.attn.out_proj, self.projection[1]):  # as the original begins
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, features):
+        """features (N, P, Dv) -> (N, 256, D)"""
+        return self.projection(super().forward(features[:, self.first:]))                    # (N, 256, D)
 
 
 class VisualChat(nn.Module):
@@ -318,13 +341,14 @@ class VisualChat(nn.Module):
         if attention == "cross":
             layers = range(language_model.config.num_hidden_layers)
             self.cross_attention = nn.ModuleList(CrossAttention(language_model.config) for _ in layers)
+        self.image_tokens = image_tokens(projection, vision_model.config)
         self.preprocessing = None  # the content of preprocessor_config.json
 
     def encode_images(self, pixels):
         """pixels (N, 3, S, S) -> projected features (N, P, D); a frozen tower runs without a graph"""
         trained = any(p.requires_grad for p in self.vision_model.parameters())
         with nullcontext() if trained else torch.no_grad():
-            features = self.vision_model(pixels.to(self.vision_model.embeddings.class_embedding.dtype))  # (N, P, Dv)
+            features = self.vision_model(pixels.to(self.language_model.model.norm.weight.dtype))     # (N, P, Dv)
         return self.projection(features)                                                     # (N, P, D)
 
     def embed(self, input_ids, modality, features=None):
@@ -392,6 +416,7 @@ class VisualChat(nn.Module):
         folder = Path(folder).resolve()
         work, old = folder.with_name(f".{folder.name}.unfinished"), folder.with_name(f".{folder.name}.old.unfinished")
         language, vision = self.language_model.config, self.vision_model.config
+        qwen = isinstance(vision, QwenConfig)
         if is_main():
             shutil.rmtree(work, ignore_errors=True)
             for part in ("language_model", "vision_model"):
@@ -399,20 +424,20 @@ class VisualChat(nn.Module):
             dtype = str(self.language_model.model.norm.weight.dtype).removeprefix("torch.")
             write_json(work / "config.json", {
                 "model_type": "visualchat", "attention": self.attention, "projection": self.projection_kind,
-                "image_tokens": vision.image_tokens, "feature_layer": vision.feature_layer,
+                "image_tokens": self.image_tokens, "feature_layer": vision.feature_layer,
                 "class_token": vision.class_token})
             write_json(work / "language_model/config.json", {
                 "architectures": ["LlamaForCausalLM"], "model_type": "llama", **asdict(language), "hidden_act": "silu",
                 "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": dtype})
             sizes = {k: v for k, v in asdict(vision).items() if k not in ("feature_layer", "class_token")}
-            write_json(work / "vision_model/config.json", {
+            write_json(work / "vision_model/config.json", {"visual": sizes, "torch_dtype": dtype} if qwen else {
                 "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **sizes, "torch_dtype": dtype})
             write_json(work / "vision_model/preprocessor_config.json",
                        {"image_processor_type": "CLIPImageProcessor", **self.preprocessing})
             if tokenizer:
                 shutil.copyfile(tokenizer, work / "language_model/tokenizer.model")
         save_weights(self.language_model, work / "language_model/model.safetensors")
-        save_weights(self.vision_model, work / "vision_model/model.safetensors", prefix="vision_model.")
+        save_weights(self.vision_model, work / "vision_model/model.safetensors", "" if qwen else "vision_model.")
         save_weights(self.projection, work / "projection.safetensors")
         if self.cross_attention is not None:
             save_weights(self.cross_attention, work / "cross_attention.safetensors")
@@ -441,23 +466,39 @@ def load_llama(folder, dtype=torch.float32, device="cpu"):
 
 
 def load_vit(folder, dtype=torch.float32, device="cpu", feature_layer=-1, class_token=True):
-    """A CLIP vision tower from a CLIPVisionModel (with the prefix vision_model. or without) or a whole CLIPModel."""
-    config = ViTConfig.read(folder)
-    config.feature_layer, config.class_token = feature_layer, class_token
+    """A vision tower: CLIP's, from a CLIPVisionModel (with the prefix vision_model. or without) or a whole CLIPModel, or
+    Qwen-VL's, extracted or from a whole Qwen-VL checkpoint, of which nothing else is read and no other shard needed."""
+    config, files = read_vit_config(folder, feature_layer, class_token), weight_files(folder, vit_name)
+    shapes = {vit_name(name): shape for file in files for name, shape, _ in _tensors(file)}
+    if isinstance(config, QwenConfig):
+        config.n_queries = shapes.get("attn_pool.query", (config.n_queries,))[0]
+    elif "attn_pool.query" in shapes:
+        raise InputError(f"{folder} holds the weights of Qwen-VL's encoder, but its config.json has no section `visual`: "
+                         "put Qwen-VL's config.json there")
     with torch.device("meta"):
-        model = ViT(config)
-
-    def rename(name):
-        if name.startswith(("text_model.", "text_projection.", "visual_projection.", "logit_scale")):
-            return None
-        return None if name.endswith("position_ids") else name.removeprefix("vision_model.")
-
-    fill(model, weight_files(folder), rename, dtype, device)
+        model = make_vit(config)
+    fill(model, files, vit_name, dtype, device)
     return model.eval()
 
 
-def weight_files(folder):
-    """The files that hold a model's weights, one or shards with an index; InputError if there are none."""
+def vit_name(name):
+    """A name in a published file -> its name in ViT or QwenViT; None for CLIP's text tower, Qwen-VL's language model and
+    its last matrix (which the original does not use), and for what is computed"""
+    language = "transformer.h.", "transformer.wte.", "transformer.ln_f.", "transformer.rotary_emb.", "lm_head."
+    left_out = *language, "transformer.visual.proj", "text_model.", "text_projection.", "visual_projection.", "logit_scale"
+    if name.startswith(left_out) or name.endswith("position_ids"):
+        return None
+    return name.removeprefix("transformer.visual.").removeprefix("vision_model.")
+
+
+def make_vit(config):
+    """The vision tower of these sizes, with random weights"""
+    return QwenViT(config) if isinstance(config, QwenConfig) else ViT(config)
+
+
+def weight_files(folder, rename=lambda name: name):
+    """The files that hold a model's weights, one or those shards of an index with a tensor that rename does not leave
+    out; InputError if there are none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; config.json and *.safetensors of a model belong there")
@@ -465,7 +506,8 @@ def weight_files(folder):
         index = folder / f"{name}.index.json"
         files = [folder / name] if (folder / name).exists() else []
         if index.exists():
-            files = [folder / file for file in sorted(set(read_section(read_json(index), "weight_map").values()))]
+            files = read_section(read_json(index), "weight_map")
+            files = [folder / file for file in sorted({file for name, file in files.items() if rename(name)})]
             missing = [file.name for file in files if not file.exists()]
             if missing:
                 raise InputError(f"{folder}: {index.name} names {', '.join(missing)}, not found there")
@@ -488,21 +530,21 @@ def fill(module, files, rename=lambda name: name, dtype=None, device=None):
     not fit."""
     targets, wrong = dict(module.named_parameters()), []
     for file in files:
-        for name, read in _tensors(file):
+        for name, shape, read in _tensors(file):
             target = rename(name)
             if target is None:
                 continue
             if target not in targets:
                 wrong.append(f"{name} is not in the model")
                 continue
-            parameter, tensor = targets.pop(target), read()
-            if tensor.shape != parameter.shape:
-                wrong.append(f"{name} is {tuple(tensor.shape)} in the file, {tuple(parameter.shape)} in the model")
+            parameter = targets.pop(target)
+            if shape != parameter.shape:
+                wrong.append(f"{name} is {tuple(shape)} in the file, {tuple(parameter.shape)} in the model")
             elif parameter.is_meta:
                 owner, _, leaf = target.rpartition(".")
-                setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
+                setattr(module.get_submodule(owner), leaf, nn.Parameter(read().to(device, dtype)))
             else:
-                parameter.data.copy_(tensor)
+                parameter.data.copy_(read())
     wrong += [f"{name} is missing" for name in targets]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
@@ -510,16 +552,18 @@ def fill(module, files, rename=lambda name: name, dtype=None, device=None):
 
 
 def _tensors(file):
-    """(name, function that reads it) for each tensor of a .safetensors file or, running no code in it, a .bin file."""
+    """(name, shape, function that reads it) for each tensor of a .safetensors or, running no code in it, a .bin file."""
     try:
         if file.suffix == ".bin":
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            if not isinstance(content, dict):
-                raise InputError(f"weights {file} hold no named tensors")
-            yield from ((name, lambda tensor=tensor: tensor) for name, tensor in content.items())
+            if not (isinstance(content, dict) and all(isinstance(t, torch.Tensor) for t in content.values())):
+                raise InputError(f"weights {file} hold something else than named tensors")
+            yield from ((name, tensor.shape, lambda tensor=tensor: tensor) for name, tensor in content.items())
         else:
             with safe_open(file, "pt") as content:
-                yield from ((name, lambda name=name: content.get_tensor(name)) for name in content.keys())
+                for name in content.keys():
+                    shape = torch.Size(content.get_slice(name).get_shape())
+                    yield name, shape, lambda name=name: content.get_tensor(name)
     except pickle.UnpicklingError as error:
         raise InputError(f"weights {file} hold more than tensors and are not opened: code in them could run") from error
     except (OSError, SafetensorError, RuntimeError) as error:

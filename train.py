@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from data import (Epoch, Samples, Tokenizer, Turn, arguments, collate, encode, hold_out, positive, printable,
                   read_datasets)
-from model import Llama, LlamaConfig, VisualChat, choose_device, has_weights, is_main, load_llama, load_vit
-from vision import InputError, ViT, ViTConfig, read_preprocessing
+from model import Llama, LlamaConfig, VisualChat, choose_device, has_weights, is_main, load_llama, load_vit, make_vit
+from vision import InputError, read_preprocessing, read_vit_config
 
 
 BROKEN = 0.01  # share of an epoch's samples that may have a missing or broken picture before the run stops
@@ -44,7 +44,7 @@ def command_line():
     """The command line; every default is the recipe's"""
     parser, add = arguments("Train a vision-language chat model with DeepSpeed.")
     add("--attention", choices=["mmca", "causal", "cross"], default="mmca", help="the mechanism")
-    add("--projection", choices=["linear"], default="linear", help="from features to word vectors")
+    add("--feature_layer", type=int, default=-1, metavar="N", help="CLIP's layer whose output is taken, -1 is the last")
     add("--trainable", choices=["recipe", "all"], default="recipe", help="recipe: embedding, projection, CrA's layers")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
     add("--epochs", type=positive, default=6, help="times through the data")
@@ -139,6 +139,8 @@ def make_model(args, conversations, device, dtype):
         if empty and args.trainable != "all":
             raise InputError(f"{folder} holds config.json but no weights (*.safetensors): a model from nothing needs "
                              "--trainable all")
+    features = args.feature_layer, args.class_token
+    sizes = read_vit_config(args.vision_model, *features)
     file = args.language_model / "tokenizer.model"
     if not file.exists():
         if not new[0]:
@@ -157,14 +159,16 @@ def make_model(args, conversations, device, dtype):
         if len(tokenizer) > language.config.vocab_size:
             raise InputError(f"{file} has {len(tokenizer)} pieces, the language model only "
                              f"{language.config.vocab_size} embeddings: they do not belong together")
-    vision = ViT(ViTConfig.read(args.vision_model)) if new[1] else load_vit(args.vision_model, dtype)
+    vision = make_vit(sizes) if new[1] else load_vit(args.vision_model, dtype, "cpu", *features)
     model = VisualChat(vision, language, args.attention, args.projection)
     model.preprocessing = read_preprocessing(args.vision_model, vision.config.image_size)
     model.requires_grad_(args.trainable == "all")
-    vision.post_layernorm.requires_grad_(False)  # no feature passes it
     for part in (language.model.embed_tokens, model.projection, model.cross_attention):
         if part is not None:
             part.requires_grad_(True)
+    for module in model.modules():
+        for part in getattr(module, "untrained", []):
+            part.requires_grad_(False)
     return model.to(device=device, dtype=dtype), tokenizer
 
 
@@ -191,11 +195,10 @@ def finish_batch(samples, dummy):
 
 def batches(conversations, model, tokenizer, args):
     """The micro-batches of this process, read by workers"""
-    config = model.vision_model.config
-    samples = Samples(conversations, tokenizer, config.image_tokens, model.preprocessing, args.max_length,
-                      args.max_images)
-    dummy = encode([Turn("", None, ["dummy"])], tokenizer, config.image_tokens)
-    dummy.pixels = [torch.zeros(3, config.image_size, config.image_size)]
+    size = model.vision_model.config.image_size
+    samples = Samples(conversations, tokenizer, model.image_tokens, model.preprocessing, args.max_length, args.max_images)
+    dummy = encode([Turn("", None, ["dummy"])], tokenizer, model.image_tokens)
+    dummy.pixels = [torch.zeros(3, size, size)]
     sampler = [list(part) for part in micro_batches(len(samples), args, dist.get_world_size(), dist.get_rank())]
     return torch.utils.data.DataLoader(samples, batch_sampler=sampler, num_workers=args.workers,
                                        collate_fn=partial(finish_batch, dummy=dummy),

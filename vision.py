@@ -1,16 +1,19 @@
 """From a picture file to patch features.
 
 This file explains how a picture is opened (`load_image`), turned into the numbers that CLIP was trained on
-(`preprocess`), and read by a vision transformer (`ViT`). Sources: CLIP (arXiv:2103.00020), openai/CLIP
-clip/model.py, and the module names of Hugging Face's CLIPVisionModel, so that its weights load without a table.
-Not here: the projection into the language model, and the reading of weights (model.py).
+(`preprocess`), and read by a vision transformer: CLIP's (`ViT`) or Qwen-VL's with its resampler (`QwenViT`). Sources:
+CLIP (arXiv:2103.00020), openai/CLIP clip/model.py; Qwen-VL (arXiv:2308.12966), visual.py beside its weights. Module
+names are those of the published weights, which load without a table. Not here: the projection into the language
+model, and the reading of weights (model.py).
 
-Shapes: N images, S pixels a side, P tokens of an image (patches and the class token), Dv width, H heads, d head width.
+Shapes: N images, S pixels a side, P tokens of an image (CLIP: class token and patches), Dv width, H heads, d head width.
 """
 import json
+import math
 import struct
 import warnings
-from dataclasses import dataclass, fields
+from collections import OrderedDict
+from dataclasses import MISSING, dataclass, fields
 from io import BytesIO
 from pathlib import Path
 
@@ -48,12 +51,22 @@ def read_section(config, name):
     return section
 
 
-def check_sizes(file, config, sizes):
-    """InputError unless each of these fields is a whole number from 1"""
-    for name in (size.name for size in sizes):
+def check_sizes(file, config):
+    """InputError unless each field that is a size is a whole number from 1"""
+    for name in (field.name for field in fields(config) if field.type is int and field.name != "feature_layer"):
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:
             raise InputError(f"{file}: {name} is {value!r}, not a whole number from 1")
+
+
+def make_config(kind, what, file, section):
+    """A dataclass of sizes from a section of a config.json; InputError names what is missing or no size"""
+    missing = [f.name for f in fields(kind) if f.default is MISSING and f.name not in section]
+    if missing:
+        raise InputError(f"{file} is not that of {what}: {', '.join(missing)} missing")
+    config = kind(**{f.name: section[f.name] for f in fields(kind) if f.name in section})
+    check_sizes(file, config)
+    return config
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------
@@ -164,12 +177,7 @@ class ViTConfig:
         config = read_json(file)
         config = read_section(config, "vision_config") or config
         config = {"image_size": 224, "patch_size": 32, **config}  # the defaults that transformers leaves out
-        names = {f.name for f in fields(cls)} - {"feature_layer", "class_token"}
-        missing = [f.name for f in fields(cls)[:6] if f.name not in config]
-        if missing:
-            raise InputError(f"{file} is not that of a CLIP vision model: {', '.join(missing)} missing")
-        config = cls(**{k: v for k, v in config.items() if k in names})
-        check_sizes(file, config, fields(cls)[:6])
+        config = make_config(cls, "a CLIP vision model", file, config)
         if config.hidden_act not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise InputError(f"{file}: hidden_act {config.hidden_act!r} is not supported, only {known}")
@@ -257,12 +265,198 @@ class ViT(nn.Module):
 
     def forward(self, pixels):
         """pixels (N, 3, S, S) -> features (N, P, Dv)"""
-        size = self.config.image_size
-        if pixels.shape[1:] != (3, size, size):
-            raise InputError(f"the vision model takes pictures (3, {size}, {size}), not {tuple(pixels.shape[1:])}: "
-                             "does preprocessor_config.json belong to it?")
+        check_pixels(pixels, self.config.image_size)
         x = self.pre_layrnorm(self.embeddings(pixels))                                       # (N, P, Dv)
-        layers = self.encoder["layers"]
-        for layer in layers[:len(layers) + 1 + self.config.feature_layer]:
+        for layer in self.encoder["layers"][:self.depth]:
             x = layer(x)                                                                     # (N, P, Dv)
         return x if self.config.class_token else x[:, 1:]
+
+    @property
+    def depth(self):
+        """How many layers a feature passes"""
+        return self.config.num_hidden_layers + 1 + self.config.feature_layer
+
+    @property
+    def untrained(self):
+        """What is never trained, since no feature passes it"""
+        return [self.post_layernorm, *self.encoder["layers"][self.depth:]]
+
+
+# ---- Qwen-VL's vision transformer and its resampler ----------------------------------------------------------------
+
+@dataclass
+class QwenConfig:
+    """Sizes of Qwen-VL's picture encoder, under the names of the section `visual` of its config.json. n_queries is not
+    in published files: it is the number of rows of attn_pool.query."""
+    width: int
+    layers: int
+    heads: int
+    image_size: int
+    patch_size: int
+    mlp_ratio: float
+    output_dim: int
+    n_queries: int = 256
+    feature_layer, class_token = -1, False  # as in ViTConfig, but there is no choice
+
+    # what a projection asks of a vision tower; the last two are those of the CLIP block in projection "vit"
+    hidden_size = property(lambda self: self.output_dim)
+    image_tokens = property(lambda self: self.n_queries)
+    num_hidden_layers = property(lambda self: self.layers)
+    num_attention_heads = property(lambda self: self.heads)
+    intermediate_size = property(lambda self: int(self.mlp_ratio * self.width))
+    hidden_act, layer_norm_eps = "gelu", 1e-5
+
+    @classmethod
+    def read(cls, folder):
+        """From the config.json of a Qwen-VL checkpoint"""
+        file = Path(folder) / "config.json"
+        config = make_config(cls, "Qwen-VL's picture encoder", file, read_section(read_json(file), "visual"))
+        if not isinstance(config.mlp_ratio, (int, float)) or config.intermediate_size < 1:
+            raise InputError(f"{file}: mlp_ratio is {config.mlp_ratio!r}, not a number above 0")
+        if config.width % config.heads:
+            raise InputError(f"{file}: width {config.width} is no multiple of {config.heads} heads")
+        return config
+
+
+class QwenAttention(nn.Module):
+    """Every patch attends to every patch; in_proj gives query, key and value of head 0, then those of head 1, ..."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.heads
+        self.in_proj, self.out_proj = nn.Linear(config.width, 3 * config.width), nn.Linear(config.width, config.width)
+
+    def forward(self, x):
+        """x (N, P, Dv) -> (N, P, Dv)"""
+        q, k, v = self.in_proj(x).unflatten(2, (self.heads, 3, -1)).transpose(1, 2).unbind(3)    # (N, H, P, d)
+        out = F.scaled_dot_product_attention(q, k, v)                                        # (N, H, P, d)
+        return self.out_proj(out.transpose(1, 2).flatten(2))                                 # (N, P, Dv)
+
+
+class QwenBlock(nn.Module):
+    """One block, layer norm first: x += attention(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1, self.ln_2 = (nn.LayerNorm(config.width, eps=1e-6) for _ in range(2))
+        self.attn = QwenAttention(config)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(config.width, config.intermediate_size), gelu=nn.GELU(),
+                                             c_proj=nn.Linear(config.intermediate_size, config.width)))
+
+    def forward(self, x):
+        """x (N, P, Dv) -> (N, P, Dv)"""
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+def fixed_positions(side, D):
+    """Sines and cosines of a side x side grid, row by row -> (side * side, D): D / 2 numbers of the column, then D / 2 of
+    the row, each sines and then cosines of place / 10000^(i / (D / 4))."""
+    angles = torch.arange(side)[:, None] / 10000 ** (torch.arange(D // 4, dtype=torch.float64) / (D // 4))
+    line = torch.cat([angles.sin(), angles.cos()], 1).float()                                # (side, D / 2)
+    return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, 0)], 1)             # (side * side, D)
+
+
+def resize_positions(table, side):
+    """Positions (n, D) of a square grid -> (side * side, D) of a finer or coarser one: bicubic, not antialiased"""
+    old = math.isqrt(len(table))
+    if old == side:
+        return table
+    square = table.float().T.unflatten(1, (old, old))                                        # (D, old, old)
+    square = F.interpolate(square[None], (side, side), mode="bicubic", align_corners=False)[0]   # (D, side, side)
+    return square.flatten(1).T.to(table.dtype)                                               # (side * side, D)
+
+
+class ResamplerAttention(nn.Module):
+    """Queries of their own attend to every key: softmax(QK' / sqrt(d)) V. Weights as in torch's MultiheadAttention."""
+
+    def __init__(self, D):
+        super().__init__()
+        self.heads = D // 128
+        self.in_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * D, D)))  # of all q, all k, all v
+        self.in_proj_bias, self.out_proj = nn.Parameter(torch.zeros(3 * D)), nn.Linear(D, D)
+
+    def forward(self, queries, keys, values):
+        """queries (n, D), keys and values (N, P, D) -> (N, n, D)"""
+        parts = zip((queries[None], keys, values), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
+        q, k, v = (F.linear(x, weight, bias).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (N or 1, H, n or P, d)
+                   for x, weight, bias in parts)
+        out = F.scaled_dot_product_attention(q.expand(len(k), -1, -1, -1), k, v)             # (N, H, n, d)
+        return self.out_proj(out.transpose(1, 2).flatten(2))                                 # (N, n, D)
+
+
+class Resampler(nn.Module):
+    """n learned queries look at the features of a picture, which are P before and n after it (Qwen-VL, section 2.1).
+
+    width: of the features; D: of the result, at least 128 and a multiple of its D // 128 heads."""
+
+    def __init__(self, width, D, queries=256, eps=1e-6, kv_proj=None):
+        super().__init__()
+        if D < 128 or D % (D // 128) or D % 4 or math.isqrt(queries) ** 2 != queries:
+            raise InputError(f"a resampler of width {D} with {queries} queries cannot be made: the width is at least 128 "
+                             "and a multiple of 4 and of its width // 128 heads, the queries are a square number")
+        self.query, self.attn = nn.Parameter(torch.empty(queries, D)), ResamplerAttention(D)
+        self.pos_embed = nn.Parameter(fixed_positions(math.isqrt(queries), D))
+        self.kv_proj = kv_proj or (nn.Identity() if width == D else nn.Linear(width, D, bias=False))
+        self.ln_q, self.ln_kv = (nn.LayerNorm(D, eps) for _ in range(2))
+        nn.init.trunc_normal_(self.query, std=0.02)
+
+    def forward(self, x):
+        """x (N, P, Dv) -> (N, n, D). Positions are added to queries and keys, not to values."""
+        values = self.ln_kv(self.kv_proj(x))                                                 # (N, P, D)
+        keys = values + resize_positions(self.pos_embed, math.isqrt(x.shape[1]))             # (N, P, D)
+        return self.attn(self.ln_q(self.query) + self.pos_embed, keys, values)               # (N, n, D)
+
+    @property
+    def untrained(self):
+        """What is never trained: a fixed table"""
+        return [self.pos_embed]
+
+
+class QwenViT(nn.Module):
+    """Qwen-VL's encoder, whose features are what its resampler makes of the patches: no class token, no projection."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, D = config, config.width
+        self.conv1 = nn.Conv2d(3, D, config.patch_size, config.patch_size, bias=False)
+        self.positional_embedding = nn.Parameter(torch.randn(256, D) * 0.02)  # 16 x 16 patches, whatever the picture
+        self.ln_pre = nn.LayerNorm(D, eps=1e-6)
+        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(QwenBlock(config) for _ in range(config.layers))})
+        self.attn_pool = Resampler(D, config.output_dim, config.n_queries)
+        self.ln_post = nn.LayerNorm(config.output_dim, eps=1e-6)
+
+    def forward(self, pixels):
+        """pixels (N, 3, S, S) -> features (N, P, Dv): P queries, Dv output_dim"""
+        check_pixels(pixels, self.config.image_size)
+        x = self.conv1(pixels)                                                       # (N, width, side, side)
+        places = resize_positions(self.positional_embedding, x.shape[2])                     # (side * side, width)
+        x = self.ln_pre(x.flatten(2).transpose(1, 2) + places)                       # (N, side * side, width)
+        for block in self.transformer["resblocks"]:
+            x = block(x)                                                             # (N, side * side, width)
+        return self.ln_post(self.attn_pool(x))                                               # (N, P, Dv)
+
+
+def check_pixels(pixels, size):
+    """InputError unless pixels are (N, 3, size, size)"""
+    if pixels.shape[1:] != (3, size, size):
+        raise InputError(f"the vision model takes pictures (3, {size}, {size}), not {tuple(pixels.shape[1:])}: "
+                         "does preprocessor_config.json belong to it?")
+
+
+def read_vit_config(folder, feature_layer=-1, class_token=True):
+    """QwenConfig if the config.json of a folder has a section `visual`, else ViTConfig with these features"""
+    if "visual" in read_json(Path(folder) / "config.json"):
+        config, layers = QwenConfig.read(folder), 1
+    else:
+        config = ViTConfig.read(folder)
+        config.feature_layer, config.class_token, layers = feature_layer, class_token, config.num_hidden_layers
+    if not -layers <= feature_layer <= -1:
+        raise InputError(f"feature layer {feature_layer}: {folder} gives the features of its layers -{layers} to -1, "
+                         "counted from the last")
+    return config
+
+
+def image_tokens(projection, vision):
+    """P: how many positions a picture takes, projection and vision tower being these"""
+    return 256 if projection == "perceiver" else vision.image_tokens

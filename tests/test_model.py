@@ -8,8 +8,8 @@ from conftest import FIXTURES, all_logits, sequence, tiny_model
 from safetensors.torch import load_file, save_file
 
 from mmca import IMAGE, TEXT, pattern
-from model import KVCache, LlamaConfig, VisualChat, load_llama, load_vit, rotary, rotate, save_weights
-from vision import InputError
+from model import KVCache, Llama, LlamaConfig, VisualChat, load_llama, load_vit, rotary, rotate, save_weights
+from vision import InputError, read_preprocessing
 
 KINDS = "mmca", "causal", "cross"
 
@@ -246,6 +246,18 @@ def test_save_and_load_is_bit_exact(tmp_path, kind, dtype):
     ours, theirs = dict(model.named_parameters()), dict(again.named_parameters())
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert not list(tmp_path.glob(".*")) and (tmp_path / "it/language_model/tokenizer.model").exists()
+
+
+@pytest.mark.parametrize("projection, tokens", [("linear", 16), ("vit", 16), ("perceiver", 256)])
+def test_qwen_and_every_projection_are_saved_and_loaded(tmp_path, projection, tokens):
+    config = LlamaConfig(128, 172, 2, 4, 2, 32, 512)
+    model = VisualChat(load_vit(FIXTURES / "tiny-qwen-visual"), Llama(config), "mmca", projection).eval()
+    model.preprocessing = read_preprocessing(FIXTURES / "tiny-qwen-visual", 56)
+    model.save_pretrained(tmp_path / "it")
+    again, pixels = VisualChat.from_pretrained(tmp_path / "it"), torch.randn(2, 3, 56, 56)
+    assert model.state_dict().keys() == again.state_dict().keys()
+    features = model.encode_images(pixels)
+    assert again.image_tokens == tokens and features.shape == (2, tokens, 128) and torch.equal(features, again.encode_images(pixels))
 
 
 def test_large_models_are_saved_in_shards(tmp_path):

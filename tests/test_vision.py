@@ -1,4 +1,4 @@
-"""Pictures and the CLIP tower against transformers' numbers. python -m pytest tests/test_vision.py"""
+"""Pictures, both towers and the three projections against the numbers of others. python -m pytest tests/test_vision.py"""
 import base64
 import json
 import shutil
@@ -6,14 +6,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import FIXTURES
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from model import load_vit
-from vision import InputError, ViTConfig, load_image, preprocess, read_preprocessing
+import model as model_file
+from model import LlamaConfig, fill, load_vit, make_projection, make_vit
+from vision import InputError, QwenConfig, ViTConfig, fixed_positions, load_image, preprocess, read_preprocessing, read_vit_config
 
-CLIP = FIXTURES / "tiny-clip"
+CLIP, QWEN, PROJECTIONS = FIXTURES / "tiny-clip", FIXTURES / "tiny-qwen-visual", FIXTURES / "tiny-projections"
 
 
 @pytest.mark.parametrize("name", ["landscape_rgb.png", "portrait_gray.jpg", "alpha_rgba.png", "palette_p.png"])
@@ -103,3 +105,225 @@ def test_what_is_no_clip_is_refused(tmp_path):
         read_preprocessing(tmp_path, 56)
     with pytest.raises(InputError, match=r"takes pictures \(3, 56, 56\), not \(3, 64, 64\)"):
         load_vit(CLIP)(torch.zeros(1, 3, 64, 64))
+
+
+# ---- Qwen-VL's encoder ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("folder", [QWEN, QWEN / "qwen_vl"])
+def test_qwen_features_are_those_of_the_original(folder):
+    expected, tower, seen = load_file(QWEN / "expected.safetensors"), load_vit(folder), {}
+    for name, module in (("after_ln_pre", tower.ln_pre), ("after_blocks", tower.transformer["resblocks"][-1]),
+                         ("after_attn_pool", tower.attn_pool)):
+        module.register_forward_hook(lambda module, given, result, name=name: seen.update({name: result}))
+    with torch.no_grad():
+        seen["output"] = tower(expected["pixel_values"].float())
+    for name, value in seen.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-4, rtol=0)
+    assert len(seen) == 4 and (tower.config.image_tokens, tower.config.class_token) == (16, False)
+
+
+def test_only_the_encoder_of_a_qwen_checkpoint_is_read(monkeypatch):
+    """Bytes asked for of both shards: those of the tensors below transformer.visual., without transformer.visual.proj"""
+    asked, open_file = [], model_file.safe_open
+
+    class Counting:
+        """A safetensors file that notes what is read of it"""
+
+        def __init__(self, *args):
+            self.file = open_file(*args)
+
+        def __enter__(self):
+            self.content = self.file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+        def __getattr__(self, name):  # keys, and get_slice for its shape
+            assert name in ("keys", "get_slice")
+            return getattr(self.content, name)
+
+        def get_tensor(self, name):
+            tensor = self.content.get_tensor(name)
+            asked.append((name, tensor.nbytes))
+            return tensor
+
+    monkeypatch.setattr(model_file, "safe_open", Counting)
+    load_vit(QWEN / "qwen_vl")
+    every = {k: v for shard in QWEN.glob("qwen_vl/*.safetensors") for k, v in load_file(shard).items()}
+    needed = {k: v.nbytes for k, v in every.items() if k.startswith("transformer.visual.") and k != "transformer.visual.proj"}
+    assert dict(asked) == needed and len(asked) == len(needed)
+    assert sum(needed.values()) < sum(tensor.nbytes for tensor in every.values())
+
+
+def test_a_published_qwen_checkpoint_of_bin_shards(tmp_path):
+    """Its index names a shard a block; those without a tensor of the encoder need not be there"""
+    shutil.copy(QWEN / "qwen_vl/config.json", tmp_path)
+    every = {k: v for shard in QWEN.glob("qwen_vl/*.safetensors") for k, v in load_file(shard).items()}
+    shards = {}
+    for name, tensor in every.items():
+        number = 1 if not name.startswith("transformer.visual.") else 2 if "resblocks" in name else 3
+        shards.setdefault(f"pytorch_model-0000{number}-of-00003.bin", {})[name] = tensor
+    for file, content in shards.items():
+        torch.save(content, tmp_path / file)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {k: f for f, c in shards.items() for k in c}}))
+    (tmp_path / "pytorch_model-00001-of-00003.bin").unlink()
+    ours, extracted = load_vit(tmp_path), load_vit(QWEN)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), extracted.parameters()))
+    (tmp_path / "pytorch_model-00002-of-00003.bin").unlink()
+    with pytest.raises(InputError, match="names pytorch_model-00002-of-00003.bin, not found there"):
+        load_vit(tmp_path)
+
+
+def multi_head(attention, in_proj_weight, in_proj_bias, queries, keys, values):
+    """torch's own multi-head attention with these weights"""
+    judge = torch.nn.MultiheadAttention(queries.shape[-1], attention.heads, batch_first=True)
+    judge.load_state_dict({"in_proj_weight": in_proj_weight, "in_proj_bias": in_proj_bias,
+                           "out_proj.weight": attention.out_proj.weight, "out_proj.bias": attention.out_proj.bias})
+    return judge(queries, keys, values, need_weights=False)[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width, heads, grid, output, queries", [(64, 4, 8, 384, 16), (48, 2, 20, 256, 36), (128, 8, 16, 128, 256)])
+def test_qwen_with_several_heads_and_other_grids(width, heads, grid, output, queries):
+    """Against torch's MultiheadAttention and interpolate: resized tables, several resampler heads, no kv_proj"""
+    config = QwenConfig(width, 2, heads, grid * 7, 7, 2.3, output, queries)
+    torch.manual_seed(0)
+    tower, pixels = make_vit(config).eval(), torch.randn(2, 3, grid * 7, grid * 7)
+    for parameter in tower.parameters():
+        parameter.normal_(std=0.2)
+
+    def resized(table, side):
+        old = round(len(table) ** 0.5)
+        image = table.view(old, old, -1).permute(2, 0, 1)[None]
+        return F.interpolate(image, (side, side), mode="bicubic", align_corners=False)[0].permute(1, 2, 0).reshape(side * side, -1)
+
+    def norm(layer, x):
+        return F.layer_norm(x, x.shape[-1:], layer.weight, layer.bias, 1e-6)
+
+    x = F.conv2d(pixels, tower.conv1.weight, stride=7).flatten(2).permute(0, 2, 1) + resized(tower.positional_embedding, grid)
+    x = norm(tower.ln_pre, x)
+    for block in tower.transformer["resblocks"]:
+        d = width // heads  # rows of in_proj: head by head its query, key, value -> all queries, all keys, all values
+        order = torch.arange(3 * width).view(heads, 3, d).transpose(0, 1).flatten()
+        normed = norm(block.ln_1, x)
+        x = x + multi_head(block.attn, block.attn.in_proj.weight[order], block.attn.in_proj.bias[order], normed, normed, normed)
+        x = x + block.mlp.c_proj(F.gelu(block.mlp.c_fc(norm(block.ln_2, x))))
+    pool = tower.attn_pool
+    assert pool.attn.heads == output // 128 and (width != output or "attn_pool.kv_proj.weight" not in dict(tower.named_parameters()))
+    values = norm(pool.ln_kv, x @ pool.kv_proj.weight.T if width != output else x)
+    asking = (norm(pool.ln_q, pool.query) + pool.pos_embed).expand(2, -1, -1)
+    x = multi_head(pool.attn, pool.attn.in_proj_weight, pool.attn.in_proj_bias, asking, values + resized(pool.pos_embed, grid), values)
+    torch.testing.assert_close(tower(pixels), norm(tower.ln_post, x), atol=1e-4, rtol=1e-4)
+
+
+def test_what_kind_of_tower_a_folder_holds(tmp_path):
+    assert isinstance(read_vit_config(QWEN), QwenConfig) and isinstance(read_vit_config(CLIP), ViTConfig)
+    shutil.copy(QWEN / "model.safetensors", tmp_path)
+    shutil.copy(CLIP / "config.json", tmp_path)
+    with pytest.raises(InputError, match="Qwen-VL's encoder, but its config.json has no section `visual`"):
+        load_vit(tmp_path)
+    shutil.copy(QWEN / "config.json", tmp_path)
+    assert load_vit(tmp_path).config.image_tokens == 16
+    shutil.copy(CLIP / "model.safetensors", tmp_path)
+    with pytest.raises(InputError, match="embeddings.class_embedding is not in the model"):
+        load_vit(tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"mlp_ratio": "2"}, "mlp_ratio is '2'"), ({"heads": 5}, "width 32 is no multiple of 5 heads"), ({"layers": 0}, "layers is 0"),
+    ({"width": None}, "width is None"), ({"output_dim": 96}, "resampler of width 96"), ({"n_queries": 15}, "with 15 queries")])
+def test_a_qwen_configuration_that_cannot_be_is_refused(tmp_path, change, message):
+    config = json.loads((QWEN / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({"visual": config["visual"] | change}))
+    with pytest.raises(InputError, match=message):
+        make_vit(read_vit_config(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"visual": {"width": 32}}))
+    with pytest.raises(InputError, match="is not that of Qwen-VL's picture encoder: layers, heads, image_size"):
+        read_vit_config(tmp_path)
+
+
+@pytest.mark.parametrize("folder, layer", [(CLIP, 0), (CLIP, -4), (QWEN, -2)])
+def test_a_layer_that_is_not_there_is_refused(folder, layer):
+    with pytest.raises(InputError, match=f"feature layer {layer}: .* gives the features of its layers"):
+        load_vit(folder, feature_layer=layer)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("act, size, patch, dtype", [("quick_gelu", 64, 16, torch.float32), ("gelu", 100, 14, torch.float16)])
+@pytest.mark.parametrize("whole", [True, False])
+def test_clip_in_all_its_spellings_as_transformers_writes_it(tmp_path, act, size, patch, dtype, whole):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.CLIPVisionConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+                                           image_size=size, patch_size=patch, hidden_act=act, projection_dim=16)
+    if whole:
+        text = transformers.CLIPTextConfig(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+        theirs = transformers.CLIPModel(transformers.CLIPConfig(text_config=text.to_dict(), vision_config=config.to_dict()))
+    else:
+        theirs = transformers.CLIPVisionModel(config)
+    theirs.to(dtype).save_pretrained(tmp_path)
+    ours, pixels = load_vit(tmp_path, feature_layer=-2), torch.randn(2, 3, size, size)
+    theirs = theirs.float().vision_model if whole else theirs.float()
+    hidden = theirs(pixels, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(ours(pixels), hidden[-2], atol=1e-4, rtol=0)
+    ours.config.feature_layer = -1
+    torch.testing.assert_close(ours(pixels), hidden[-1], atol=1e-4, rtol=0)
+
+
+# ---- projections ---------------------------------------------------------------------------------------------------
+
+def llama_of_width(D):
+    """Sizes of a small language model"""
+    return LlamaConfig(D, 2 * D, 1, 4, 4, D // 4, 64)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, kind", [("baseline", "linear"), ("vit", "vit"), ("perceiver", "perceiver"), ("perceiver_8x8", "perceiver")])
+def test_projections_are_those_of_the_original(name, kind):
+    expected = load_file(PROJECTIONS / "expected.safetensors")
+    projection = make_projection(kind, read_vit_config(PROJECTIONS), llama_of_width(128))
+    fill(projection, [PROJECTIONS / f"{name.removesuffix('_8x8')}.safetensors"])
+    result = projection(expected[f"{name}.input"].float())
+    if name == "perceiver_8x8":
+        result, name = result[:, :32], f"{name}.output_first_32"
+    torch.testing.assert_close(result, expected[name if "." in name else f"{name}.output"], atol=1e-4, rtol=0)
+
+
+def test_the_fixed_table_is_that_of_the_checkpoints():
+    for file, side in ((QWEN / "model.safetensors", 4), (PROJECTIONS / "perceiver.safetensors", 16)):
+        table = next(v for k, v in load_file(file).items() if k.endswith("pos_embed"))
+        torch.testing.assert_close(fixed_positions(side, 128), table, atol=1e-6, rtol=0)
+
+
+def test_a_perceiver_leaves_out_the_class_token_and_nothing_else():
+    features = torch.randn(1, 17, 48)
+    clip, bare = read_vit_config(CLIP), read_vit_config(CLIP, class_token=False)
+    with_token = make_projection("perceiver", clip, llama_of_width(128))
+    without = make_projection("perceiver", bare, llama_of_width(128))
+    without.load_state_dict(with_token.state_dict())
+    changed = features.clone()
+    changed[:, 0] += 1
+    assert torch.equal(with_token(features), with_token(changed)) and torch.equal(with_token(features), without(features[:, 1:]))
+    qwen = make_projection("perceiver", read_vit_config(QWEN), llama_of_width(256))
+    features = torch.randn(1, 16, 128)
+    assert qwen(features).shape == (1, 256, 256)
+    for token in range(16):  # the original loses the first of Qwen's
+        changed = features.clone()
+        changed[:, token] += 1
+        assert not torch.equal(qwen(features), qwen(changed))
+
+
+def test_a_perceiver_begins_as_the_original_does():
+    torch.manual_seed(0)
+    projection = make_projection("perceiver", read_vit_config(CLIP), llama_of_width(256))
+    for weight in (projection.query, projection.kv_proj.weight, projection.attn.out_proj.weight, projection.projection[1].weight):
+        assert 0.015 < weight.std() < 0.025
+    assert not any(layer.bias.any() for layer in (projection.kv_proj, projection.attn.out_proj, projection.projection[1]))
+
+
+def test_a_language_model_too_narrow_for_a_perceiver_is_refused():
+    with pytest.raises(InputError, match="resampler of width 64 .* at least 128"):
+        make_projection("perceiver", read_vit_config(CLIP), llama_of_width(64))
+    with pytest.raises(InputError, match="not known, only linear, vit and perceiver"):
+        make_projection("baseline", read_vit_config(CLIP), llama_of_width(64))
