@@ -8,10 +8,12 @@ attends to which (mmca.py), the vision tower (vision.py), text and batches (data
 Shapes: B batch, T tokens, N images in the batch, P tokens of an image, S pixels a side, D width, Dv vision width, F MLP
 width, H heads, K key/value heads, d head width, L layers, V vocabulary.
 """
+import argparse
 import json
 import os
 import pickle
 import shutil
+import sys
 from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -344,6 +346,16 @@ class VisualChat(nn.Module):
         self.image_tokens = image_tokens(projection, vision_model.config)
         self.preprocessing = None  # the content of preprocessor_config.json
 
+    def set_trained(self, everything=False):
+        """Train the recipe's word embedding, projection and CrA's layers alone, or everything that a feature passes"""
+        self.requires_grad_(everything)
+        for part in (self.language_model.model.embed_tokens, self.projection, self.cross_attention):
+            if part is not None:
+                part.requires_grad_(True)
+        for module in self.modules():
+            for part in getattr(module, "untrained", []):
+                part.requires_grad_(False)
+
     def encode_images(self, pixels):
         """pixels (N, 3, S, S) -> projected features (N, P, D); a frozen tower runs without a graph"""
         trained = any(p.requires_grad for p in self.vision_model.parameters())
@@ -468,17 +480,23 @@ def load_llama(folder, dtype=torch.float32, device="cpu"):
 def load_vit(folder, dtype=torch.float32, device="cpu", feature_layer=-1, class_token=True):
     """A vision tower: CLIP's, from a CLIPVisionModel (with the prefix vision_model. or without) or a whole CLIPModel, or
     Qwen-VL's, extracted or from a whole Qwen-VL checkpoint, of which nothing else is read and no other shard needed."""
-    config, files = read_vit_config(folder, feature_layer, class_token), weight_files(folder, vit_name)
-    shapes = {vit_name(name): shape for file in files for name, shape, _ in _tensors(file)}
-    if isinstance(config, QwenConfig):
-        config.n_queries = shapes.get("attn_pool.query", (config.n_queries,))[0]
-    elif "attn_pool.query" in shapes:
+    with torch.device("meta"):
+        model = make_vit(vit_sizes(folder, feature_layer, class_token))
+    fill(model, weight_files(folder, vit_name), vit_name, dtype, device)
+    return model.eval()
+
+
+def vit_sizes(folder, feature_layer=-1, class_token=True):
+    """ViTConfig or QwenConfig of a folder, and from its weights, if there are any, the number of Qwen-VL's queries"""
+    config = read_vit_config(folder, feature_layer, class_token)
+    files = weight_files(folder, vit_name) if has_weights(folder) else []
+    queries = [shape[0] for file in files for name, shape, _ in _tensors(file) if vit_name(name) == "attn_pool.query"]
+    if queries and isinstance(config, ViTConfig):
         raise InputError(f"{folder} holds the weights of Qwen-VL's encoder, but its config.json has no section `visual`: "
                          "put Qwen-VL's config.json there")
-    with torch.device("meta"):
-        model = make_vit(config)
-    fill(model, files, vit_name, dtype, device)
-    return model.eval()
+    if queries:
+        config.n_queries = queries[0]
+    return config
 
 
 def vit_name(name):
@@ -610,3 +628,50 @@ def save_weights(module, file, prefix="", shard_bytes=5e9):
 def write_json(path, content):
     """Write content to a JSON file, readable and in UTF-8"""
     Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+
+LANGUAGE = {"7b": LlamaConfig(4096, 11008, 32, 32, 32, 128, 32000), "13b": LlamaConfig(5120, 13824, 40, 40, 40, 128, 32000),
+            "70b": LlamaConfig(8192, 28672, 80, 64, 8, 128, 32000)}
+VISION = {"clip-l": ViTConfig(1024, 4096, 24, 16, 224, 14), "qwen-vl": QwenConfig(1664, 48, 16, 448, 14, 4.9231, 4096)}
+
+
+def describe(language, vision, attention, projection):
+    """Print the parts of a model, made on torch's meta device: parameters, trained or frozen by the recipe, bytes"""
+    for name, known in ((language, LANGUAGE), (vision, VISION)):
+        if name not in known and not Path(name).is_dir():
+            raise InputError(f"{name} is neither a folder nor one of {', '.join(known)}")
+    sizes = VISION.get(vision) or vit_sizes(vision)
+    with torch.device("meta"):
+        model = VisualChat(make_vit(sizes), Llama(LANGUAGE.get(language) or LlamaConfig.read(language)), attention, projection)
+    model.set_trained()
+    parts = {}
+    for name, parameter in model.named_parameters():
+        depth = 3 if name.startswith("language_model.model") else 2 if "_model." in name else 1
+        state = "trained" if parameter.requires_grad else "frozen"
+        for key in ((".".join(name.split(".")[:depth]), state), ("together", state), ("together", "")):
+            parts[key] = parts.get(key, 0) + parameter.numel()
+    print(f"{'part':36}{'parameters':>16}{'':10}{'bytes, 16 bit':>18}")
+    for (name, state), count in sorted(parts.items(), key=lambda part: part[0][0] == "together"):
+        print(f"{name:36}{count:16,}  {state:8}{2 * count:18,}")
+    print(f"a picture of {sizes.image_size} x {sizes.image_size} takes {model.image_tokens} tokens")
+
+
+def main():
+    """python model.py --describe LANGUAGE VISION"""
+    parser = argparse.ArgumentParser(description="The parts of a model and their sizes; nothing is loaded.")
+    parser.add_argument("--describe", nargs=2, required=True, metavar=("LANGUAGE", "VISION"), help="folders, or of "
+                        f"{', '.join(LANGUAGE)} and {', '.join(VISION)}")
+    parser.add_argument("--attention", choices=["mmca", "causal", "cross"], default="mmca", help="%(default)s")
+    parser.add_argument("--projection", choices=["linear", "vit", "perceiver"], default="linear", help="%(default)s")
+    try:
+        args = parser.parse_args()
+        describe(*args.describe, args.attention, args.projection)
+    except InputError as error:
+        print(f"model.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 from data import (Epoch, Samples, Tokenizer, Turn, arguments, collate, encode, hold_out, positive, printable,
                   read_datasets)
-from model import Llama, LlamaConfig, VisualChat, choose_device, has_weights, is_main, load_llama, load_vit, make_vit
-from vision import InputError, read_preprocessing, read_vit_config
+from model import Llama, LlamaConfig, VisualChat, choose_device, has_weights, is_main, load_llama, load_vit, make_vit, \
+    vit_sizes
+from vision import InputError, read_preprocessing
 
 
 BROKEN = 0.01  # share of an epoch's samples that may have a missing or broken picture before the run stops
@@ -140,7 +141,7 @@ def make_model(args, conversations, device, dtype):
             raise InputError(f"{folder} holds config.json but no weights (*.safetensors): a model from nothing needs "
                              "--trainable all")
     features = args.feature_layer, args.class_token
-    sizes = read_vit_config(args.vision_model, *features)
+    sizes = vit_sizes(args.vision_model, *features)
     file = args.language_model / "tokenizer.model"
     if not file.exists():
         if not new[0]:
@@ -162,13 +163,7 @@ def make_model(args, conversations, device, dtype):
     vision = make_vit(sizes) if new[1] else load_vit(args.vision_model, dtype, "cpu", *features)
     model = VisualChat(vision, language, args.attention, args.projection)
     model.preprocessing = read_preprocessing(args.vision_model, vision.config.image_size)
-    model.requires_grad_(args.trainable == "all")
-    for part in (language.model.embed_tokens, model.projection, model.cross_attention):
-        if part is not None:
-            part.requires_grad_(True)
-    for module in model.modules():
-        for part in getattr(module, "untrained", []):
-            part.requires_grad_(False)
+    model.set_trained(everything=args.trainable == "all")
     return model.to(device=device, dtype=dtype), tokenizer
 
 

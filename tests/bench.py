@@ -3,6 +3,8 @@
     python tests/bench.py mmca      the fast path against the formula and against plain causal attention
     python tests/bench.py mmca --threads 1
     python tests/bench.py data      reading pictures for training against Pillow alone; picture files of gigabytes
+    python tests/bench.py vision    CLIP's ViT-L/14 against transformers' (where that is installed)
+    python tests/bench.py qwen      Qwen-VL's 2B encoder from ten shards in bfloat16: time and memory; writes 4 GB to TMPDIR
 """
 import argparse
 import base64
@@ -15,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import Samples, Tokenizer, Turn, collate, read_datasets  # noqa: E402
 from mmca import IMAGE, PAD, TEXT, attend, attend_explicit, attention_matrix, pattern  # noqa: E402
-from vision import CLIP_PREPROCESSING  # noqa: E402
+from model import VISION, make_vit  # noqa: E402
+from vision import CLIP_PREPROCESSING, ViT, ViTConfig  # noqa: E402
 
 
 def medians(functions, rounds):
@@ -158,16 +163,64 @@ def bench_picture_file(count, fixtures):
         return most
 
 
+def bench_vision(args):
+    """ViT-L/14, random weights, the same in both, pictures per second in batches of 1 and 8"""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 224,
+             "patch_size": 14}
+    theirs = CLIPVisionModel(CLIPVisionConfig(**sizes)).eval()
+    ours = ViT(ViTConfig(**sizes)).eval()
+    ours.load_state_dict({k.removeprefix("vision_model."): v for k, v in theirs.state_dict().items() if not k.endswith("position_ids")})
+    with torch.inference_mode():
+        for batch in (1, 8):
+            pixels = torch.randn(batch, 3, 224, 224)
+            apart = (ours(pixels) - theirs(pixels).last_hidden_state).abs().max()
+            mine, other = medians([lambda: ours(pixels), lambda: theirs(pixels)], args.rounds)
+            print(f"\nViT-L/14, batches of {batch}; largest difference of a feature {apart:.1e}")
+            print(f"  transformers {version('transformers')}, CLIPVisionModel, {theirs.config._attn_implementation:<21}{batch / other:8.3f} pictures/s")
+            print(f"  ViT                                                       {batch / mine:8.3f} pictures/s   {other / mine:6.3f} of transformers")
+
+
+def bench_qwen(args):
+    """Write Qwen-VL's encoder with random weights as ten .bin shards, open it in a new process, encode a picture"""
+    with tempfile.TemporaryDirectory() as folder:
+        names, index = {}, {}
+        with torch.device("meta"):
+            for n, (name, parameter) in enumerate(make_vit(VISION["qwen-vl"]).named_parameters()):
+                names.setdefault(f"pytorch_model-{n % 10 + 1:05d}-of-00010.bin", []).append((f"transformer.visual.{name}", parameter.shape))
+        for file, shapes in names.items():
+            torch.save({name: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02) for name, shape in shapes}, f"{folder}/{file}")
+            index.update({name: file for name, _ in shapes})
+        Path(folder, "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+        Path(folder, "config.json").write_text(json.dumps({"visual": asdict(VISION["qwen-vl"])}))
+        weights = sum(2 * shape.numel() for shapes in names.values() for _, shape in shapes)
+        print(f"\nQwen-VL's encoder in ten .bin shards, {weights / 1e9:.2f} GB of bfloat16")
+        for dtype in ("bfloat16", "float16"):
+            code = ("import sys, time, torch; sys.path.insert(0, '.'); from model import load_vit; began = time.perf_counter()\n"
+                    f"tower = load_vit({folder!r}, torch.{dtype}); opened = time.perf_counter() - began\n"
+                    f"with torch.inference_mode(): features = tower(torch.randn(1, 3, 448, 448, dtype=torch.{dtype}))\n"
+                    "assert features.shape == (1, 256, 4096) and features.isfinite().all()\n"
+                    "print(f'opened in {opened:.1f} s, a picture in {time.perf_counter() - began - opened:.1f} s')")
+            run = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True)
+            most = 0
+            while run.poll() is None:
+                lines = Path(f"/proc/{run.pid}/status").read_text().splitlines()
+                most = max([most, *(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))])
+                time.sleep(0.005)
+            print(f"  run in {dtype}: {run.stdout.read().strip()}; anonymous memory (RssAnon) at most {most / 1e9:.2f} GB, "
+                  f"{most / weights:.2f} of the weights")
+
+
 def main():
     """The command line"""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["mmca", "data"])
+    parser.add_argument("what", choices=["mmca", "data", "vision", "qwen"])
     parser.add_argument("--rounds", type=int, default=9, help="medians of so many")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, float32")
-    {"mmca": bench_mmca, "data": bench_data}[args.what](args)
+    {"mmca": bench_mmca, "data": bench_data, "vision": bench_vision, "qwen": bench_qwen}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import torch
 from conftest import FIXTURES, ROOT, tiny_model
 
 from data import DATASETS, Epoch, Tokenizer, encode, read_datasets
-from model import VisualChat
+from model import VisualChat, load_vit
+from vision import fixed_positions
 
 LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29517"]
 
@@ -87,6 +88,24 @@ def test_cross_attention_with_two_processes(folder):
     torch.testing.assert_close(torch.tensor(losses(one)), torch.tensor(losses(two)), atol=2e-5, rtol=2e-5)
 
 
+def test_qwen_and_a_perceiver_with_two_processes(folder):
+    """Everything trained but the perceiver's table of positions; the language model begins from nothing"""
+    (folder / "wide").mkdir()
+    shutil.copy(FIXTURES / "tokenizer.model", folder / "wide")
+    sizes = {"hidden_size": 128, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512}
+    (folder / "wide/config.json").write_text(json.dumps(sizes))
+    common = ["--datasets", "llava_dial", "--concatenate", "1", "--batch_size", "4", "--epochs", "1", "--eval_fraction", "0",
+              "--language_model", folder / "wide", "--vision_model", FIXTURES / "tiny-qwen-visual/qwen_vl", "--trainable", "all",
+              "--projection", "perceiver", "--max_steps", "3", "--overwrite"]
+    one = run(folder, *common, "--micro_batch_size", "4", "--zero_stage", "0")
+    two = run(folder, *common, "--micro_batch_size", "1", two=True)
+    torch.testing.assert_close(torch.tensor(losses(one)), torch.tensor(losses(two)), atol=2e-5, rtol=2e-5)
+    model, base = VisualChat.from_pretrained(folder / "out/best"), load_vit(FIXTURES / "tiny-qwen-visual")
+    for (name, trained), (_, old) in zip(model.vision_model.named_parameters(), base.named_parameters()):
+        assert torch.equal(trained, old) == (name == "attn_pool.pos_embed"), name
+    assert torch.equal(model.projection.pos_embed, fixed_positions(16, 128)) and model.image_tokens == 256
+
+
 def test_from_nothing_with_a_learned_tokenizer_then_chat(folder):
     shutil.rmtree(folder / "llama")
     (folder / "llama").mkdir()
@@ -95,8 +114,12 @@ def test_from_nothing_with_a_learned_tokenizer_then_chat(folder):
     flags = ["--datasets", "llava_dial", "--batch_size", "4", "--max_steps", "3", "--epochs", "2", "--eval_fraction", "0.3"]
     assert "needs --trainable all" in run(folder, *flags, fails=True)
     shutil.rmtree(folder / "out", ignore_errors=True)
-    log = run(folder, *flags, "--trainable", "all")
+    log = run(folder, *flags, "--trainable", "all", "--projection", "vit", "--feature_layer", "-2", "--no_class_token")
     assert losses(log) and (folder / "out/best/language_model/tokenizer.model").exists()
+    model, base = VisualChat.from_pretrained(folder / "out/best"), load_vit(FIXTURES / "tiny-clip")
+    assert (model.image_tokens, model.vision_model.config.feature_layer, model.projection_kind) == (16, -2, "vit")
+    for (name, trained), (_, old) in zip(model.vision_model.named_parameters(), base.named_parameters()):
+        assert torch.equal(trained, old) == name.startswith(("post_layernorm", "encoder.layers.2")), name
     picture = FIXTURES / "tiny-clip/images/palette_p.png"
     (folder / "ask.json").write_text(json.dumps({"one": [["What is it?", f"'{picture}'"], ["Why?"]]}))
     done = subprocess.run([sys.executable, "chat.py", str(folder / "out/best"), "--script", str(folder / "ask.json"), "--out",
