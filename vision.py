@@ -184,7 +184,8 @@ class ViTConfig:
         return config
 
 
-ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
+ACTIVATIONS = {"quick_gelu": lambda x: F.silu(1.702 * x, inplace=True).div_(1.702),  # x sigmoid(1.702 x)
+               "gelu": F.gelu}
 
 
 class ViTAttention(nn.Module):
