@@ -103,10 +103,10 @@ def load_image(path):
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
                 image.load()
                 return image if image.mode == "RGB" else image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, NotImplementedError, Image.DecompressionBombError,
-            Image.DecompressionBombWarning) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, AssertionError, LookupError, TypeError, struct.error,
+            Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's decoders raise them all
         name = f"{file}, bytes {offset} to {offset + length}" if isinstance(path, BytesIO) else path
-        raise InputError(f"picture {name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise InputError(f"picture {name} cannot be read: {getattr(error, 'strerror', None) or str(error) or repr(error)}") from error
 
 
 def read_preprocessing(folder, image_size):
