@@ -319,7 +319,8 @@ class Perceiver(Resampler):
 
     def __init__(self, vision, D):
         super().__init__(vision.hidden_size, D, eps=1e-12, kv_proj=nn.Linear(vision.hidden_size, D))
-        self.projection, self.first = nn.Sequential(nn.LayerNorm(D, eps=1e-12), nn.Linear(D, D)), int(vision.class_token)
+        self.projection = nn.Sequential(nn.LayerNorm(D, eps=1e-12), nn.Linear(D, D))
+        self.first = int(vision.class_token)
         for linear in (self.kv_proj, self.attn.out_proj, self.projection[1]):  # as the original begins
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
@@ -478,8 +479,8 @@ def load_llama(folder, dtype=torch.float32, device="cpu"):
 
 
 def load_vit(folder, dtype=torch.float32, device="cpu", feature_layer=-1, class_token=True):
-    """A vision tower: CLIP's, from a CLIPVisionModel (with the prefix vision_model. or without) or a whole CLIPModel, or
-    Qwen-VL's, extracted or from a whole Qwen-VL checkpoint, of which nothing else is read and no other shard needed."""
+    """A vision tower: CLIP's, from a CLIPVisionModel (with the prefix vision_model. or without) or a whole CLIPModel;
+    or Qwen-VL's, extracted or from a whole checkpoint, of which nothing else is read and no other shard needed."""
     with torch.device("meta"):
         model = make_vit(vit_sizes(folder, feature_layer, class_token))
     fill(model, weight_files(folder, vit_name), vit_name, dtype, device)
@@ -492,19 +493,19 @@ def vit_sizes(folder, feature_layer=-1, class_token=True):
     files = weight_files(folder, vit_name) if has_weights(folder) else []
     queries = [shape[0] for file in files for name, shape, _ in _tensors(file) if vit_name(name) == "attn_pool.query"]
     if queries and isinstance(config, ViTConfig):
-        raise InputError(f"{folder} holds the weights of Qwen-VL's encoder, but its config.json has no section `visual`: "
-                         "put Qwen-VL's config.json there")
+        raise InputError(f"{folder} holds the weights of Qwen-VL's encoder, but its config.json has no section "
+                         "`visual`: put Qwen-VL's config.json there")
     if queries:
         config.n_queries = queries[0]
     return config
 
 
 def vit_name(name):
-    """A name in a published file -> its name in ViT or QwenViT; None for CLIP's text tower, Qwen-VL's language model and
-    its last matrix (which the original does not use), and for what is computed"""
+    """A name in a published file -> its name in ViT or QwenViT; None for CLIP's text tower, Qwen-VL's language model
+    and its last matrix (which the original does not use), and for what is computed"""
     language = "transformer.h.", "transformer.wte.", "transformer.ln_f.", "transformer.rotary_emb.", "lm_head."
-    left_out = *language, "transformer.visual.proj", "text_model.", "text_projection.", "visual_projection.", "logit_scale"
-    if name.startswith(left_out) or name.endswith("position_ids"):
+    rest = "transformer.visual.proj", "text_model.", "text_projection.", "visual_projection.", "logit_scale"
+    if name.startswith(language + rest) or name.endswith("position_ids"):
         return None
     return name.removeprefix("transformer.visual.").removeprefix("vision_model.")
 
@@ -570,7 +571,7 @@ def fill(module, files, rename=lambda name: name, dtype=None, device=None):
 
 
 def _tensors(file):
-    """(name, shape, function that reads it) for each tensor of a .safetensors or, running no code in it, a .bin file."""
+    """(name, shape, function that reads it) of each tensor of a .safetensors or, running no code in it, a .bin file."""
     try:
         if file.suffix == ".bin":
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -632,7 +633,8 @@ def write_json(path, content):
 
 # ---- the command line ----------------------------------------------------------------------------------------------
 
-LANGUAGE = {"7b": LlamaConfig(4096, 11008, 32, 32, 32, 128, 32000), "13b": LlamaConfig(5120, 13824, 40, 40, 40, 128, 32000),
+LANGUAGE = {"7b": LlamaConfig(4096, 11008, 32, 32, 32, 128, 32000),
+            "13b": LlamaConfig(5120, 13824, 40, 40, 40, 128, 32000),
             "70b": LlamaConfig(8192, 28672, 80, 64, 8, 128, 32000)}
 VISION = {"clip-l": ViTConfig(1024, 4096, 24, 16, 224, 14), "qwen-vl": QwenConfig(1664, 48, 16, 448, 14, 4.9231, 4096)}
 
@@ -644,7 +646,8 @@ def describe(language, vision, attention, projection):
             raise InputError(f"{name} is neither a folder nor one of {', '.join(known)}")
     sizes = VISION.get(vision) or vit_sizes(vision)
     with torch.device("meta"):
-        model = VisualChat(make_vit(sizes), Llama(LANGUAGE.get(language) or LlamaConfig.read(language)), attention, projection)
+        model = Llama(LANGUAGE.get(language) or LlamaConfig.read(language))
+        model = VisualChat(make_vit(sizes), model, attention, projection)
     model.set_trained()
     parts = {}
     for name, parameter in model.named_parameters():

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from data import (Epoch, Samples, Tokenizer, Turn, arguments, collate, encode, hold_out, positive, printable,
                   read_datasets)
-from model import Llama, LlamaConfig, VisualChat, choose_device, has_weights, is_main, load_llama, load_vit, make_vit, \
-    vit_sizes
+from model import (Llama, LlamaConfig, VisualChat, choose_device, has_weights, is_main, load_llama, load_vit, make_vit,
+                   vit_sizes)
 from vision import InputError, read_preprocessing
 
 
@@ -191,7 +191,8 @@ def finish_batch(samples, dummy):
 def batches(conversations, model, tokenizer, args):
     """The micro-batches of this process, read by workers"""
     size = model.vision_model.config.image_size
-    samples = Samples(conversations, tokenizer, model.image_tokens, model.preprocessing, args.max_length, args.max_images)
+    samples = Samples(conversations, tokenizer, model.image_tokens, model.preprocessing, args.max_length,
+                      args.max_images)
     dummy = encode([Turn("", None, ["dummy"])], tokenizer, model.image_tokens)
     dummy.pixels = [torch.zeros(3, size, size)]
     sampler = [list(part) for part in micro_batches(len(samples), args, dist.get_world_size(), dist.get_rank())]

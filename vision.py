@@ -6,7 +6,7 @@ CLIP (arXiv:2103.00020), openai/CLIP clip/model.py; Qwen-VL (arXiv:2308.12966), 
 names are those of the published weights, which load without a table. Not here: the projection into the language
 model, and the reading of weights (model.py).
 
-Shapes: N images, S pixels a side, P tokens of an image (CLIP: class token and patches), Dv width, H heads, d head width.
+Shapes: N images, S pixels a side, P tokens of an image (patches and the class token), Dv width, H heads, d head width.
 """
 import json
 import math
@@ -103,10 +103,11 @@ def load_image(path):
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
                 image.load()
                 return image if image.mode == "RGB" else image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, AssertionError, LookupError, TypeError, struct.error,
-            Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's decoders raise them all
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, AssertionError, LookupError, TypeError,
+            struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's decoders raise them all
         name = f"{file}, bytes {offset} to {offset + length}" if isinstance(path, BytesIO) else path
-        raise InputError(f"picture {name} cannot be read: {getattr(error, 'strerror', None) or str(error) or repr(error)}") from error
+        reason = getattr(error, "strerror", None) or str(error) or repr(error)
+        raise InputError(f"picture {name} cannot be read: {reason}") from error
 
 
 def read_preprocessing(folder, image_size):
@@ -351,8 +352,8 @@ class QwenBlock(nn.Module):
 
 
 def fixed_positions(side, D):
-    """Sines and cosines of a side x side grid, row by row -> (side * side, D): D / 2 numbers of the column, then D / 2 of
-    the row, each sines and then cosines of place / 10000^(i / (D / 4))."""
+    """Sines and cosines of a side x side grid, row by row -> (side * side, D): D / 2 numbers of the column, then D / 2
+    of the row, each sines and then cosines of place / 10000^(i / (D / 4))."""
     angles = torch.arange(side)[:, None] / 10000 ** (torch.arange(D // 4, dtype=torch.float64) / (D // 4))
     line = torch.cat([angles.sin(), angles.cos()], 1).float()                                # (side, D / 2)
     return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, 0)], 1)             # (side * side, D)
@@ -394,8 +395,8 @@ class Resampler(nn.Module):
     def __init__(self, width, D, queries=256, eps=1e-6, kv_proj=None):
         super().__init__()
         if D < 128 or D % (D // 128) or D % 4 or math.isqrt(queries) ** 2 != queries:
-            raise InputError(f"a resampler of width {D} with {queries} queries cannot be made: the width is at least 128 "
-                             "and a multiple of 4 and of its width // 128 heads, the queries are a square number")
+            raise InputError(f"a resampler of width {D} with {queries} queries cannot be made: the width is at least "
+                             "128 and a multiple of 4 and of its width // 128 heads, the queries are a square number")
         self.query, self.attn = nn.Parameter(torch.empty(queries, D)), ResamplerAttention(D)
         self.pos_embed = nn.Parameter(fixed_positions(math.isqrt(queries), D))
         self.kv_proj = kv_proj or (nn.Identity() if width == D else nn.Linear(width, D, bias=False))
