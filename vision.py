@@ -104,7 +104,7 @@ def load_image(path):
                 image.load()
                 return image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, AssertionError, LookupError, TypeError,
-            struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's decoders raise them all
+            struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         name = f"{file}, bytes {offset} to {offset + length}" if isinstance(path, BytesIO) else path
         reason = getattr(error, "strerror", None) or str(error) or repr(error)
         raise InputError(f"picture {name} cannot be read: {reason}") from error
