@@ -1,9 +1,11 @@
-"""LLaMA-2, the projection, images put among the words, and weights in and out.
+"""LLaMA-2, the projections, images put among the words, and weights in and out.
 
 This file explains the language model (LLaMA-2, arXiv:2307.09288; numerics as in Hugging Face's LlamaForCausalLM, whose
-module names it keeps), the linear projection and CrA's added layers, how `VisualChat` writes the features of the
+module names it keeps), the three projections and CrA's added layers, how `VisualChat` writes the features of the
 pictures into the sequence, and how weights stream from published files into the model and back. Not here: which token
-attends to which (mmca.py), the vision tower (vision.py), text and batches (data.py).
+attends to which (mmca.py), the vision towers (vision.py), text and batches (data.py).
+
+    python model.py --describe 70b qwen-vl               the parts of a model and their sizes; nothing is loaded
 
 Shapes: B batch, T tokens, N images in the batch, P tokens of an image, S pixels a side, D width, Dv vision width, F MLP
 width, H heads, K key/value heads, d head width, L layers, V vocabulary.
@@ -320,14 +322,14 @@ class Perceiver(Resampler):
     def __init__(self, vision, D):
         super().__init__(vision.hidden_size, D, eps=1e-12, kv_proj=nn.Linear(vision.hidden_size, D))
         self.projection = nn.Sequential(nn.LayerNorm(D, eps=1e-12), nn.Linear(D, D))
-        self.first = int(vision.class_token)
+        self.class_token = vision.class_token
         for linear in (self.kv_proj, self.attn.out_proj, self.projection[1]):  # as the original begins
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
 
     def forward(self, features):
         """features (N, P, Dv) -> (N, 256, D)"""
-        return self.projection(super().forward(features[:, self.first:]))                    # (N, 256, D)
+        return self.projection(super().forward(features[:, int(self.class_token):]))         # (N, 256, D)
 
 
 class VisualChat(nn.Module):
@@ -649,7 +651,7 @@ def describe(language, vision, attention, projection):
         model = Llama(LANGUAGE.get(language) or LlamaConfig.read(language))
         model = VisualChat(make_vit(sizes), model, attention, projection)
     model.set_trained()
-    parts = {}
+    parts = {("together", state): 0 for state in ("trained", "frozen", "")}
     for name, parameter in model.named_parameters():
         depth = 3 if name.startswith("language_model.model") else 2 if "_model." in name else 1
         state = "trained" if parameter.requires_grad else "frozen"
