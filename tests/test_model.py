@@ -8,7 +8,7 @@ from conftest import FIXTURES, all_logits, sequence, tiny_model
 from safetensors.torch import load_file, save_file
 
 from mmca import IMAGE, TEXT, pattern
-from model import KVCache, Llama, LlamaConfig, VisualChat, load_llama, load_vit, rotary, rotate, save_weights
+from model import KVCache, Llama, LlamaConfig, VisualChat, describe, load_llama, load_vit, rotary, rotate, save_weights
 from vision import InputError, read_preprocessing
 
 KINDS = "mmca", "causal", "cross"
@@ -258,6 +258,25 @@ def test_qwen_and_every_projection_are_saved_and_loaded(tmp_path, projection, to
     assert model.state_dict().keys() == again.state_dict().keys()
     features = model.encode_images(pixels)
     assert again.image_tokens == tokens and features.shape == (2, tokens, 128) and torch.equal(features, again.encode_images(pixels))
+
+
+def test_describe_counts_published_models_without_loading_them(capsys):
+    """Against the numbers of parameters that are published"""
+    describe("70b", "clip-l", "mmca", "linear")
+    lines = capsys.readouterr().out.splitlines()[1:-1]
+    rows = {line[:36].strip() + line[52:62].strip(): int(line[36:52].replace(",", "")) for line in lines}
+    assert sum(n for name, n in rows.items() if name.startswith("language_model")) == 68_976_648_192
+    assert sum(n for name, n in rows.items() if name.startswith("vision_model")) == 303_179_776
+    trained = 32000 * 8192 + 1024 * 8192 + 3 * 8192  # embedding, Linear, LayerNorm
+    assert rows["togethertrained"] == trained and rows["together"] == rows["togetherfrozen"] + trained
+    assert rows["together"] == 68_976_648_192 + 303_179_776 + trained - 32000 * 8192
+
+
+def test_describe_opens_folders_and_refuses_what_is_neither(capsys):
+    describe(FIXTURES / "tiny-llama", FIXTURES / "tiny-qwen-visual/qwen_vl", "cross", "vit")
+    assert "a picture of 56 x 56 takes 16 tokens" in capsys.readouterr().out
+    with pytest.raises(InputError, match="7 is neither a folder nor one of 7b, 13b, 70b"):
+        describe("7", "clip-l", "mmca", "linear")
 
 
 def test_large_models_are_saved_in_shards(tmp_path):

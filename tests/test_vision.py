@@ -84,6 +84,11 @@ def test_a_picture_that_cannot_be_read_is_named_with_the_reason(tmp_path, monkey
     (tmp_path / "half.jpg").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(InputError, match="half.jpg cannot be read: .*truncated"):
         load_image(tmp_path / "half.jpg")
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "half.avif")
+    whole = (tmp_path / "half.avif").read_bytes()
+    (tmp_path / "half.avif").write_bytes(whole[:-20])
+    with pytest.raises(InputError, match="half.avif cannot be read: .*decode"):
+        load_image(tmp_path / "half.avif")
     Image.new("RGB", (1, 60_000)).save(tmp_path / "thread.png")
     with pytest.raises(InputError, match="thread.png cannot be read: 1 x 60000 pixels is too long"):
         load_image(tmp_path / "thread.png")
