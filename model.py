@@ -18,18 +18,18 @@ import shutil
 import sys
 from collections import OrderedDict
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from mmca import IMAGE, TEXT, attend, image_term, pattern
-from vision import (InputError, QwenConfig, QwenViT, Resampler, ViT, ViTConfig, ViTLayer, check_sizes, image_tokens,
-                    read_json, read_preprocessing, read_section, read_vit_config)
+from vision import (InputError, QwenConfig, QwenViT, Resampler, ViT, ViTConfig, ViTLayer, apply, check_sizes,
+                    image_tokens, read_json, read_preprocessing, read_section, read_vit_config)
 
 
 def choose_device(device=None, dtype=None):
@@ -200,30 +200,72 @@ class CrossAttention(nn.Module):
 
 class LlamaModel(nn.Module):
     """Word embeddings, L layers, a last norm."""
+    gradient_checkpointing = False
+    devices = ()  # of each layer, where they are spread over several
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        nn.init.normal_(self.embed_tokens.weight, std=0.02)
+        words = torch.randn(config.vocab_size, config.hidden_size) * 0.02                    # (V, D)
+        self.embed_tokens = nn.Embedding.from_pretrained(words, freeze=False)
         self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, positions, pattern, cache=None, cross_attention=None):
         """x (B, T, D) embeddings, positions (B, T) -> hidden states (B, T, D). With a cache the T tokens continue it.
         cross_attention: CrA's L added layers; only text rows then pass the decoder, image rows stay as they were."""
-        rows, whole = pattern, x
+        rows, whole, features = pattern, x, None
         if cross_attention is not None:
             rows, x, positions = pattern.text_only(), pattern.queries.take(x), pattern.queries.take(positions)
             features = pattern.new_images.take(whole)                                        # (B, m, D)
         cos, sin = rotary(positions, self.config, x.dtype)                                   # (B, 1, T, d)
         for i, layer in enumerate(self.layers):
+            if self.devices and self.devices[i] != x.device:
+                everything = x, whole, features, cos, sin, rows, pattern
+                x, whole, features, cos, sin, rows, pattern = moved(everything, self.devices[i])
             store = None if cache is None else cache.layer(i)
             if cross_attention is not None:
-                x = cross_attention[i](x, features, pattern, store)
-            x = layer(x, cos, sin, rows, store)
+                x = apply(cross_attention[i], x, features, pattern, store, again=self.gradient_checkpointing)
+            x = apply(layer, x, cos, sin, rows, store, again=self.gradient_checkpointing)
         x = self.norm(x)
         return x if cross_attention is None else pattern.queries.put(whole, x)
+
+
+def moved(thing, device):
+    """A tensor, or the tensors in a dataclass or a tuple or list, on device"""
+    if isinstance(thing, torch.Tensor):
+        return thing.to(device)
+    if is_dataclass(thing):
+        return replace(thing, **{name: moved(part, device) for name, part in vars(thing).items()})
+    return type(thing)(moved(part, device) for part in thing) if isinstance(thing, (tuple, list)) else thing
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer and a trained change of low rank (arXiv:2106.09685, section 4.1): x W' + x A' B'.
+
+    Its scale alpha / r is 1. B starts at zero: an untrained change changes nothing."""
+
+    def __init__(self, linear, rank):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(rank, linear.in_features), a=5 ** 0.5))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank))
+
+    def forward(self, x):
+        """x (..., in) -> (..., out)"""
+        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+
+def add_lora(layers, rank):
+    """Put LoRA in the place of every linear layer of some blocks"""
+    for name, linear in [(n, m) for n, m in layers.named_modules() if isinstance(m, nn.Linear)]:
+        owner, _, leaf = name.rpartition(".")
+        setattr(layers.get_submodule(owner), leaf, LoRA(linear, rank))
+
+
+def lora_rank(module):
+    """The rank of a model's LoRA, 0 if it has none"""
+    return next((size_of(m.lora_A)[0] for m in module.modules() if isinstance(m, LoRA)), 0)
 
 
 class Llama(nn.Module):
@@ -249,13 +291,14 @@ class KVCache:
     """Keys and values of one conversation, in one buffer a layer: text fills it from the front, pictures from the end.
 
     So both are whole slices, and `attend` is two plain attentions over them. length: the most tokens it will hold;
-    2 L K length d numbers in all."""
+    2 L K length d numbers in all. devices: one for each layer, or one device for all."""
 
-    def __init__(self, config, length, device, dtype):
-        shape = config.num_hidden_layers, 1, config.num_key_value_heads, length, config.head_dim
-        self.keys = torch.empty(shape, device=device, dtype=dtype)                           # (L, 1, K, length, d)
-        self.values = torch.empty_like(self.keys)                                            # (L, 1, K, length, d)
-        self.modality = torch.zeros(1, length, dtype=torch.long, device=device)              # (1, length)
+    def __init__(self, config, length, devices, dtype):
+        shape = 1, config.num_key_value_heads, length, config.head_dim
+        devices = devices if isinstance(devices, list) else [devices] * config.num_hidden_layers
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for device in devices]   # L times (1, K, length, d)
+        self.values = [torch.empty_like(keys) for keys in self.keys]                         # L times (1, K, length, d)
+        self.modality = torch.zeros(1, length, dtype=torch.long, device=devices[0])          # (1, length)
         self.texts = self.images = 0
 
     @property
@@ -324,8 +367,9 @@ class Perceiver(Resampler):
         self.projection = nn.Sequential(nn.LayerNorm(D, eps=1e-12), nn.Linear(D, D))
         self.class_token = vision.class_token
         for linear in (self.kv_proj, self.attn.out_proj, self.projection[1]):  # as the original begins
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+            with gathered([linear.weight, linear.bias], writer=0):
+                nn.init.trunc_normal_(linear.weight, std=0.02)
+                nn.init.zeros_(linear.bias)
 
     def forward(self, features):
         """features (N, P, Dv) -> (N, 256, D)"""
@@ -350,12 +394,14 @@ class VisualChat(nn.Module):
         self.preprocessing = None  # the content of preprocessor_config.json
 
     def set_trained(self, everything=False):
-        """Train the recipe's word embedding, projection and CrA's layers alone, or everything that a feature passes"""
+        """Train the recipe's word embedding, projection, CrA's layers and LoRA, or everything that a feature passes"""
         self.requires_grad_(everything)
         for part in (self.language_model.model.embed_tokens, self.projection, self.cross_attention):
             if part is not None:
                 part.requires_grad_(True)
         for module in self.modules():
+            if isinstance(module, LoRA):
+                module.lora_A.requires_grad_(True), module.lora_B.requires_grad_(True)
             for part in getattr(module, "untrained", []):
                 part.requires_grad_(False)
 
@@ -405,93 +451,128 @@ class VisualChat(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
-        """Open a checkpoint that `save_pretrained` wrote."""
-        folder = Path(folder)
+        """Open a checkpoint that `save_pretrained` wrote. device: one, or a list of them, over which the language
+        model's layers are spread in order; the first has the vision tower, the last the head."""
+        folder, devices = Path(folder), device if isinstance(device, list) else [device]
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder} is no checkpoint: config.json, projection.safetensors, language_model/ and "
                              "vision_model/ belong there; train.py writes them to OUT/epoch-N")
         config = read_json(folder / "config.json")
         try:
-            vision = load_vit(folder / "vision_model", dtype, device, config["feature_layer"], config["class_token"])
-            language = load_llama(folder / "language_model", dtype, device)
-            model = cls(vision, language, config["attention"], config["projection"]).to(device=device, dtype=dtype)
+            features = config["feature_layer"], config["class_token"]
+            vision = load_vit(folder / "vision_model", dtype, devices[0], *features)
+            language = load_llama(folder / "language_model", dtype, devices)
+            model = cls(vision, language, config["attention"], config["projection"]).to(dtype)
         except KeyError as error:
             raise InputError(f"{folder}/config.json is not that of a checkpoint: {error.args[0]} missing") from error
-        fill(model.projection, [folder / "projection.safetensors"])
+        fill(model.projection.to(devices[0]), [folder / "projection.safetensors"])
         if model.cross_attention is not None:
             fill(model.cross_attention, [folder / "cross_attention.safetensors"])
+            places = language.model.devices or devices * len(model.cross_attention)
+            for layer, where in zip(model.cross_attention, places):
+                layer.to(where)
         model.preprocessing = read_preprocessing(folder / "vision_model", vision.config.image_size)
         return model.eval()
 
-    def save_pretrained(self, folder, tokenizer=None):
-        """Write the checkpoint that `from_pretrained` opens and whose two folders transformers opens; bit-exact.
+    def save_pretrained(self, folder, tokenizer=None, bases=None):
+        """Write the checkpoint that `from_pretrained` opens and whose two folders transformers opens; bit-exact, LoRA
+        merged into plain weights.
 
-        It is written beside and renamed when whole. tokenizer: the file tokenizer.model, copied to language_model/.
-        Under ZeRO-3 every process must call this: each tensor is gathered, and process 0 writes."""
+        It is written beside and renamed when whole; InputError if the disk does not take it. tokenizer: the file
+        tokenizer.model, copied to language_model/. bases: the folders of language model and vision tower that were
+        trained from; then only what was trained is written, LoRA as its factors, and where the rest is. Under ZeRO-3
+        every process must call this: each tensor is gathered, and process 0 writes."""
         folder = Path(folder).resolve()
         work, old = folder.with_name(f".{folder.name}.unfinished"), folder.with_name(f".{folder.name}.old.unfinished")
         language, vision = self.language_model.config, self.vision_model.config
         qwen = isinstance(vision, QwenConfig)
-        if is_main():
+        dtype = str(self.language_model.model.norm.weight.dtype).removeprefix("torch.")
+        sizes = {k: v for k, v in asdict(vision).items() if k not in ("feature_layer", "class_token")}
+        configs = {
+            "config.json": {"model_type": "visualchat", "attention": self.attention, "projection": self.projection_kind,
+                            "image_tokens": self.image_tokens, "feature_layer": vision.feature_layer,
+                            "class_token": vision.class_token, "lora_rank": lora_rank(self.language_model),
+                            "vision_lora_rank": lora_rank(self.vision_model)},
+            "language_model/config.json": {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
+                                           **asdict(language), "hidden_act": "silu", "bos_token_id": 1,
+                                           "eos_token_id": 2, "torch_dtype": dtype},
+            "vision_model/config.json": {"visual": sizes, "torch_dtype": dtype} if qwen else {
+                "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **sizes, "torch_dtype": dtype},
+            "vision_model/preprocessor_config.json": {"image_processor_type": "CLIPImageProcessor",
+                                                      **self.preprocessing}}
+        parts = {"language_model": self.language_model, "vision_model": self.vision_model}
+        try:
+            if is_main():
+                shutil.rmtree(work, ignore_errors=True)
+                for part, base in zip(parts, bases or [None, None]):
+                    (work / part).mkdir(parents=True)
+                    if base:
+                        configs[f"{part}/config.json"]["base"] = os.path.relpath(Path(base).resolve(), folder / part)
+                for name, content in configs.items():
+                    write_json(work / name, content)
+                if tokenizer:
+                    shutil.copyfile(tokenizer, work / "language_model/tokenizer.model")
+            for part, module in parts.items():
+                if bases:
+                    save_weights(((n, [p]) for n, p in module.named_parameters() if p.requires_grad),
+                                 work / part / "trained.safetensors")
+                else:
+                    prefix = "vision_model." if part == "vision_model" and not qwen else ""
+                    save_weights(plain_weights(module, prefix), work / part / "model.safetensors")
+            save_weights(plain_weights(self.projection), work / "projection.safetensors")
+            if self.cross_attention is not None:
+                save_weights(plain_weights(self.cross_attention), work / "cross_attention.safetensors")
+            if is_main():
+                if folder.exists():
+                    folder.rename(old)
+                work.rename(folder)
+                shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:
             shutil.rmtree(work, ignore_errors=True)
-            for part in ("language_model", "vision_model"):
-                (work / part).mkdir(parents=True)
-            dtype = str(self.language_model.model.norm.weight.dtype).removeprefix("torch.")
-            write_json(work / "config.json", {
-                "model_type": "visualchat", "attention": self.attention, "projection": self.projection_kind,
-                "image_tokens": self.image_tokens, "feature_layer": vision.feature_layer,
-                "class_token": vision.class_token})
-            write_json(work / "language_model/config.json", {
-                "architectures": ["LlamaForCausalLM"], "model_type": "llama", **asdict(language), "hidden_act": "silu",
-                "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": dtype})
-            sizes = {k: v for k, v in asdict(vision).items() if k not in ("feature_layer", "class_token")}
-            write_json(work / "vision_model/config.json", {"visual": sizes, "torch_dtype": dtype} if qwen else {
-                "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **sizes, "torch_dtype": dtype})
-            write_json(work / "vision_model/preprocessor_config.json",
-                       {"image_processor_type": "CLIPImageProcessor", **self.preprocessing})
-            if tokenizer:
-                shutil.copyfile(tokenizer, work / "language_model/tokenizer.model")
-        save_weights(self.language_model, work / "language_model/model.safetensors")
-        save_weights(self.vision_model, work / "vision_model/model.safetensors", "" if qwen else "vision_model.")
-        save_weights(self.projection, work / "projection.safetensors")
-        if self.cross_attention is not None:
-            save_weights(self.cross_attention, work / "cross_attention.safetensors")
-        if is_main():
-            if folder.exists():
-                folder.rename(old)
-            work.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
+            raise InputError(f"{folder} cannot be written: {error.strerror or error}") from error
 
 
 # ---- weights in and out --------------------------------------------------------------------------------------------
 
-def load_llama(folder, dtype=torch.float32, device="cpu"):
-    """A LLaMA-2 from a folder in Hugging Face layout: config.json and *.safetensors (or *.bin), one file or shards."""
-    with torch.device("meta"):
+def load_llama(folder, dtype=torch.float32, device="cpu", empty=partial(torch.device, "meta")):
+    """A LLaMA-2 from a folder in Hugging Face layout: config.json and *.safetensors (or *.bin), one file or shards.
+
+    device: one, or a list over which the layers are spread in order. empty() is the context in which the model is made
+    before its weights come: nowhere, or DeepSpeed's zero.Init, and then no process holds more of it than its part."""
+    with empty():
         model = Llama(LlamaConfig.read(folder))
-    tied = model.config.tie_word_embeddings
+    tied, devices = model.config.tie_word_embeddings, device if isinstance(device, list) else [device]
+    layers = [devices[i * len(devices) // len(model.model.layers)] for i in range(len(model.model.layers))]
+    model.model.devices = layers if len(devices) > 1 else ()
 
     def rename(name):
         return None if name.endswith("rotary_emb.inv_freq") or tied and name == "lm_head.weight" else name
 
-    fill(model, weight_files(folder), rename, dtype, device)
+    def place(name):
+        if name.startswith("model.layers."):
+            return layers[int(name.split(".")[2])]
+        return devices[0 if tied or name == "model.embed_tokens.weight" else -1]
+
+    load_weights(model, folder, rename, dtype, place)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval()
 
 
-def load_vit(folder, dtype=torch.float32, device="cpu", feature_layer=-1, class_token=True):
+def load_vit(folder, dtype=torch.float32, device="cpu", feature_layer=-1, class_token=True,
+             empty=partial(torch.device, "meta")):
     """A vision tower: CLIP's, from a CLIPVisionModel (with the prefix vision_model. or without) or a whole CLIPModel;
     or Qwen-VL's, extracted or from a whole checkpoint, of which nothing else is read and no other shard needed."""
-    with torch.device("meta"):
-        model = make_vit(vit_sizes(folder, feature_layer, class_token))
-    fill(model, weight_files(folder, vit_name), vit_name, dtype, device)
+    sizes = vit_sizes(folder, feature_layer, class_token)
+    with empty():
+        model = make_vit(sizes)
+    load_weights(model, folder, vit_name, dtype, lambda name: device)
     return model.eval()
 
 
 def vit_sizes(folder, feature_layer=-1, class_token=True):
     """ViTConfig or QwenConfig of a folder, and from its weights, if there are any, the number of Qwen-VL's queries"""
-    config = read_vit_config(folder, feature_layer, class_token)
+    config, folder = read_vit_config(folder, feature_layer, class_token), bases(folder)[0]
     files = weight_files(folder, vit_name) if has_weights(folder) else []
     queries = [shape[0] for file in files for name, shape, _ in _tensors(file) if vit_name(name) == "attn_pool.query"]
     if queries and isinstance(config, ViTConfig):
@@ -538,17 +619,56 @@ def weight_files(folder, rename=lambda name: name):
                      "belong there")
 
 
+def bases(folder):
+    """[folder], or if it holds only what was trained, first the folders that it was trained from"""
+    folder = Path(folder)
+    base = read_json(folder / "config.json").get("base")
+    if not base:
+        return [folder]
+    if not (folder / str(base) / "config.json").is_file():
+        raise InputError(f"{folder} holds only what was trained; its base {base} is not there")
+    return [*bases(folder / base), folder]
+
+
 def has_weights(folder):
     """Whether a folder holds weights, and not a config.json alone"""
-    return any(Path(folder).glob("*.safetensors")) or any(Path(folder).glob("*.bin"))
+    folder = bases(folder)[0]
+    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
 
-def fill(module, files, rename=lambda name: name, dtype=None, device=None):
+def load_weights(module, folder, rename, dtype, place):
+    """Fill module from the weights of a folder; what was trained from a base comes on top of it"""
+    base, *trained = bases(folder)
+    fill(module, weight_files(base, rename), rename, dtype, place)
+    parameters = dict(module.named_parameters())
+    for file in (folder / "trained.safetensors" for folder in trained):
+        factors = {}
+        for name, shape, read in _tensors(file):
+            target, _, factor = name.partition(".lora_")
+            parameter = parameters.get(f"{target}.weight" if factor else name)
+            fits = parameter is not None and (factor or shape == size_of(parameter))
+            if not fits:
+                raise InputError(f"{file}: {name} {tuple(shape)} does not fit the model of its base {base}")
+            with gathered([parameter], writer=0):
+                if not factor:
+                    parameter.data.copy_(read())
+                    continue
+                factors.setdefault(target, {})[factor] = read().to(parameter)
+                if len(factors[target]) == 2:
+                    parameter.data.copy_(merged(parameter.data, **factors.pop(target)))
+
+
+def merged(weight, A, B):
+    """A linear layer's weight (out, in) and LoRA's factors A (r, in), B (out, r) -> W + B A, computed in float32"""
+    return (weight.float() + B.float() @ A.float()).to(weight.dtype)                         # (out, in)
+
+
+def fill(module, files, rename=lambda name: name, dtype=None, place=lambda name: None):
     """Stream tensors from files into the parameters of module, one at a time; strict.
 
     rename(name in the file) -> name in the module, or None for a tensor left out on purpose. Parameters on the meta
-    device are made as they come, with dtype and device. InputError names unknown and missing tensors and shapes that do
-    not fit."""
+    device are made as they come, with dtype and on place(name); of those that ZeRO-3 has spread process 0 reads each
+    and gives every process its part. InputError names unknown and missing tensors and shapes that do not fit."""
     targets, wrong = dict(module.named_parameters()), []
     for file in files:
         for name, shape, read in _tensors(file):
@@ -559,13 +679,15 @@ def fill(module, files, rename=lambda name: name, dtype=None, device=None):
                 wrong.append(f"{name} is not in the model")
                 continue
             parameter = targets.pop(target)
-            if shape != parameter.shape:
-                wrong.append(f"{name} is {tuple(shape)} in the file, {tuple(parameter.shape)} in the model")
+            if shape != size_of(parameter):
+                wrong.append(f"{name} is {tuple(shape)} in the file, {tuple(size_of(parameter))} in the model")
             elif parameter.is_meta:
                 owner, _, leaf = target.rpartition(".")
-                setattr(module.get_submodule(owner), leaf, nn.Parameter(read().to(device, dtype)))
+                setattr(module.get_submodule(owner), leaf, nn.Parameter(read().to(place(target), dtype)))
             else:
-                parameter.data.copy_(read())
+                with gathered([parameter], writer=0):
+                    if is_main() or not hasattr(parameter, "ds_id"):
+                        parameter.data.copy_(read())
     wrong += [f"{name} is missing" for name in targets]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
@@ -596,34 +718,60 @@ def is_main():
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
-def gathered(parameter):
-    """A context in which a parameter is whole, also where ZeRO-3 holds only this process's part of it"""
-    if not hasattr(parameter, "ds_id"):
+def size_of(parameter):
+    """The shape of a parameter, also where ZeRO-3 holds only this process's part of it"""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def gathered(parameters, writer=None):
+    """A context in which parameters that ZeRO-3 has spread are whole; what process `writer` changes is everybody's"""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return nullcontext()
     import deepspeed
-    return deepspeed.zero.GatheredParameters([parameter])
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=writer)
 
 
-def save_weights(module, file, prefix="", shard_bytes=5e9):
-    """Write the parameters of module to a .safetensors file; above shard_bytes to shards with an index, one by one."""
-    shards, size = [[]], 0
+def plain_weights(module, prefix=""):
+    """(name, parameters that it is made of) of each tensor of a model as it is published: LoRA's factors are merged"""
     for name, parameter in module.named_parameters():
-        numbers = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
-        if shards[-1] and size + numbers > shard_bytes:
+        owner, leaf = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        if isinstance(owner, LoRA) and leaf == "weight":
+            yield prefix + name, [parameter, owner.lora_A, owner.lora_B]
+        elif not leaf.startswith("lora_"):
+            yield prefix + name, [parameter]
+
+
+FORMATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def save_weights(tensors, file, shard_bytes=5e9):
+    """Write (name, parameters) of `plain_weights` to a .safetensors file; above shard_bytes to shards with an index.
+
+    The format (github.com/huggingface/safetensors): the length of a JSON header as 8 bytes, the header with the place
+    of each tensor, their bytes. Since sizes are known before, each tensor is gathered, written and let go."""
+    shards, size = [[]], 0
+    for name, parts in tensors:
+        count = size_of(parts[0]).numel() * parts[0].element_size()
+        if shards[-1] and size + count > shard_bytes:
             shards, size = shards + [[]], 0
-        shards[-1].append((prefix + name, parameter))
-        size += numbers
+        shards[-1].append((name, parts, [size, size + count]))
+        size += count
     index = {}
     for n, shard in enumerate(shards, 1):
         target = file if len(shards) == 1 else file.with_name(f"{file.stem}-{n:05d}-of-{len(shards):05d}{file.suffix}")
-        content = {}
-        for name, parameter in shard:
-            with gathered(parameter):
-                if is_main():
-                    content[name] = parameter.detach().cpu().clone(memory_format=torch.contiguous_format)
-            index[name] = target.name
-        if is_main():
-            save_file(content, target, metadata={"format": "pt"})
+        index |= {name: target.name for name, *_ in shard}
+        header = json.dumps({"__metadata__": {"format": "pt"}, **{
+            name: {"dtype": FORMATS[parts[0].dtype], "shape": list(size_of(parts[0])), "data_offsets": place}
+            for name, parts, place in shard}}).encode()
+        header += b" " * (-len(header) % 8)
+        with open(target, "wb") if is_main() else nullcontext() as output:
+            if output:
+                output.write(len(header).to_bytes(8, "little") + header)
+            for _, parts, _ in shard:
+                with gathered(parts):
+                    if output:
+                        tensor = parts[0] if len(parts) == 1 else merged(*parts)
+                        output.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     if len(shards) > 1 and is_main():
         write_json(file.with_name(f"{file.name}.index.json"), {"metadata": {}, "weight_map": index})
 

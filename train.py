@@ -9,14 +9,17 @@ model (model.py), the conversations and batches (data.py).
     python train.py ...                                  one process, without the launcher
 """
 import argparse
+import hashlib
 import json
 import math
 import os
+import pickle
 import shutil
 import socket
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -26,9 +29,9 @@ from tqdm import tqdm
 
 from data import (Epoch, Samples, Tokenizer, Turn, arguments, collate, encode, hold_out, positive, printable,
                   read_datasets)
-from model import (Llama, LlamaConfig, VisualChat, choose_device, has_weights, is_main, load_llama, load_vit, make_vit,
-                   vit_sizes)
-from vision import InputError, read_preprocessing
+from model import (Llama, LlamaConfig, VisualChat, add_lora, choose_device, has_weights, is_main, load_llama, load_vit,
+                   make_vit, size_of, vit_sizes, write_json)
+from vision import InputError, read_json, read_preprocessing, read_section
 
 
 BROKEN = 0.01  # share of an epoch's samples that may have a missing or broken picture before the run stops
@@ -41,13 +44,27 @@ def fraction(text):
     return float(text)
 
 
+def whole(text):
+    """A whole number from 0, for argparse"""
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
+
+
 def command_line():
     """The command line; every default is the recipe's"""
     parser, add = arguments("Train a vision-language chat model with DeepSpeed.")
     add("--attention", choices=["mmca", "causal", "cross"], default="mmca", help="the mechanism")
     add("--feature_layer", type=int, default=-1, metavar="N", help="CLIP's layer whose output is taken, -1 is the last")
     add("--trainable", choices=["recipe", "all"], default="recipe", help="recipe: embedding, projection, CrA's layers")
+    add("--lora_rank", type=whole, default=0, metavar="R", help="rank of LoRA in the language model, 0 for none")
+    add("--vision_lora_rank", type=whole, default=0, metavar="R", help="the same in the vision tower")
     parser.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+    parser.add_argument("--resume", action="store_true", help="continue the run that --out holds, with the same flags")
+    add("--save_every", type=positive, default=500, metavar="STEPS", help="steps between two states to resume from; "
+        "one is kept")
+    parser.add_argument("--save_trained_only", action="store_true", help="checkpoints hold what was trained, LoRA as "
+                        "its factors, and where the rest is; the folders trained from must stay")
     add("--epochs", type=positive, default=6, help="times through the data")
     add("--max_steps", type=positive, help="stop after so many steps (default: all of them)")
     add("--batch_size", type=positive, default=128, help="samples of a step, of all processes together")
@@ -59,6 +76,9 @@ def command_line():
     add("--workers", type=int, choices=range(65), metavar="N", default=2, help="processes that read pictures, for each "
         "training process")
     add("--zero_stage", type=int, choices=[0, 1, 2, 3], default=3, help="what ZeRO spreads over the processes")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="keep each layer's input and compute "
+                        "the rest again in the backward pass: less memory, a third more time")
+    add("--deepspeed_config", type=Path, metavar="JSON", help="DeepSpeed settings, merged over the built-in ones")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="number format (default: bfloat16 on GPUs that "
         "have it, float32 on a CPU)")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it
@@ -112,32 +132,156 @@ def together(action, everywhere=True):
 
 def earlier_run(out):
     """What an earlier run left in its folder"""
-    return [p for p in out.glob("*") if p.name in ("log.jsonl", "best") or p.name.startswith("epoch-")]
+    return [p for p in out.glob("*") if p.name in ("log.jsonl", "best") or p.name.startswith(("epoch-", "resume-"))]
 
 
 def check_out(args):
-    """Make the folder of the run; refuse to replace a run unless asked, and never one that this run reads from"""
+    """Make the folder of the run; refuse to replace a run unless asked, and never one that this run reads from. With
+    --resume -> the folder of the last state of an unfinished run and the content of its run.json; else None"""
     args.out.mkdir(parents=True, exist_ok=True)
-    if earlier_run(args.out) and not args.overwrite:
-        raise InputError(f"--out {args.out} already holds a run; name another folder or add --overwrite")
+    if args.resume and args.overwrite:
+        raise InputError("--resume continues a run and --overwrite replaces it: choose one")
+    if args.resume:
+        states = sorted(args.out.glob("resume-*"), key=lambda path: int(path.name.partition("-")[2]))
+        if states:
+            return states[-1], read_json(states[-1] / "run.json")
+        if list(args.out.glob("epoch-*")):
+            raise InputError(f"--resume: the run in {args.out} is finished; --overwrite begins a new one")
+    elif earlier_run(args.out) and not args.overwrite:
+        raise InputError(f"--out {args.out} already holds a run; name another folder, or add --overwrite to replace it "
+                         "or --resume to continue it")
     for folder in (args.language_model, args.vision_model, args.data_path):
         if args.out.resolve() in folder.resolve().parents:
             raise InputError(f"{folder} lies in --out {args.out}, which this run would replace; name another folder")
 
 
-def clear_out(out):
-    """Remove an earlier run, once everything that the new one needs has been read"""
-    for path in earlier_run(out) + list(out.glob(".*.unfinished")):
+def clear_out(out, resumed):
+    """Remove what is unfinished and, unless it is resumed, an earlier run, once all that the new one needs is read"""
+    for path in list(out.glob(".*.unfinished")) + ([] if resumed else earlier_run(out)):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def make_model(args, conversations, device, dtype):
-    """Vision tower, language model and tokenizer from their folders, or from nothing -> VisualChat, Tokenizer"""
-    new = [not has_weights(folder) for folder in (args.language_model, args.vision_model)]
-    for folder, empty in zip((args.language_model, args.vision_model), new):
+FREE = ("out", "resume", "overwrite", "save_every", "save_trained_only", "workers", "micro_batch_size", "local_rank",
+        "gradient_checkpointing", "language_model", "vision_model", "data_path", "deepspeed_config")
+
+
+def identity(args, sets, model):
+    """What must be the same when a run is resumed: flags (but for FREE ones, which change no result), the data, the
+    names and shapes of what is trained, and a checksum of each frozen weight, which a state leaves out"""
+    flags = {name: str(value) for name, value in vars(args).items() if name not in FREE}
+    data = [hashlib.sha256(part.drafts.block).hexdigest() for part in sets]
+    frozen = [(name, getattr(p, "ds_tensor", p)) for name, p in model.named_parameters() if not p.requires_grad]
+    sums = torch.tensor([int(p.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.long)) for _, p in frozen])
+    if args.zero_stage == 3:  # each process has a part of each
+        sums = sums.to(model.language_model.model.norm.weight.device)
+        dist.all_reduce(sums)
+    return {"processes": dist.get_world_size(), "flags": flags, "data": data,
+            "frozen": dict(zip((name for name, _ in frozen), sums.tolist())),
+            "trained": {name: list(size_of(p)) for name, p in model.named_parameters() if p.requires_grad}}
+
+
+def check_state(folder, run, now):
+    """InputError that names the first thing in which a state of an interrupted run (run.json) is of another run"""
+    try:
+        if run["processes"] != now["processes"]:
+            raise InputError(f"{folder} is of {run['processes']} processes, this run has {now['processes']}: start as "
+                             "many, or convert it with DeepSpeed's ds_to_universal")
+        for name, value in now["flags"].items():
+            if run["flags"].get(name) != value:
+                raise InputError(f"{folder} was written with --{name} {run['flags'].get(name)}, this run has {value}: "
+                                 "give the same flags, or begin anew with --overwrite")
+        if run["data"] != now["data"]:
+            raise InputError(f"{folder} was written with other data: --data_path or its files have changed")
+        for part, what in (("trained", "another model: its trained parameters differ"),
+                           ("frozen", "other weights: those that were trained from have changed")):
+            wrong = sorted(n for n in run[part].keys() | now[part].keys() if run[part].get(n) != now[part].get(n))
+            if wrong:
+                raise InputError(f"{folder} is of {what}, the first in {wrong[0]}")
+    except (KeyError, AttributeError) as error:
+        raise InputError(f"{folder}/run.json is not that of a state to resume from: {error}") from error
+
+
+def save_state(engine, out, run):
+    """DeepSpeed's checkpoint of this moment without the frozen weights, and run.json -> OUT/resume-STEP; one is kept"""
+    name = f".resume-{run['step']}.unfinished"
+    try:
+        engine.save_checkpoint(out, name, save_latest=False, exclude_frozen_parameters=True)
+        if is_main():  # save_checkpoint ended with a barrier: every process has written its part
+            write_json(out / name / "run.json", run)
+            old = list(out.glob("resume-*"))
+            (out / name).rename(out / f"resume-{run['step']}")
+            for folder in old:
+                remove(folder)
+    except (OSError, RuntimeError) as error:  # torch says RuntimeError when a disk is full
+        shutil.rmtree(out / name, ignore_errors=True)
+        raise InputError(f"the state of step {run['step']} cannot be written to {out}: {error}") from error
+
+
+def remove(folder):
+    """Remove a folder so that a half of it is never taken for the whole"""
+    shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old.unfinished")))
+
+
+def load_state(engine, out, run):
+    """DeepSpeed's checkpoint of a state; the frozen weights are not in it, names were checked before -> nothing"""
+    folder = out / f"resume-{run['step']}"
+    try:
+        path, _ = engine.load_checkpoint(out, folder.name, load_module_strict=False)
+    except (OSError, RuntimeError, EOFError, LookupError, AssertionError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{folder} cannot be read: {reason}; begin anew with --overwrite") from error
+    if path is None:
+        raise InputError(f"{folder} is not whole; begin anew with --overwrite")
+    if is_main():  # the log is cut back to this step
+        lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+        steps = [n for n, line in enumerate(lines) if f'"step": {run["step"]}, ' in line and '"loss"' in line]
+        (out / "log.jsonl").write_text("".join(lines[:steps[0] + 1] if steps else lines))
+
+
+def merge(ours, theirs):
+    """Settings over settings, object by object; one of another "type" is taken whole"""
+    result = {**ours, **theirs}
+    for name in ours.keys() & theirs.keys():
+        if isinstance(ours[name], dict) and isinstance(theirs[name], dict):
+            if theirs[name].get("type", ours[name].get("type")) == ours[name].get("type"):
+                result[name] = merge(ours[name], theirs[name])
+    return result
+
+
+def engine_settings(args, dtype, accumulation):
+    """DeepSpeed's settings: the recipe's, and over them those of --deepspeed_config"""
+    settings = {
+        "train_batch_size": args.batch_size, "train_micro_batch_size_per_gpu": args.micro_batch_size,
+        "gradient_accumulation_steps": accumulation, "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": args.zero_stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": args.learning_rate, "betas": [0.9, 0.95], "weight_decay": 0.0,
+                                                  "torch_adam": True}},
+        "bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
+    if args.deepspeed_config:
+        given = read_json(args.deepspeed_config)
+        for flag, value in (("batch_size", given.get("train_batch_size")), ("batch_size", given.get(
+                "gradient_accumulation_steps")), ("micro_batch_size", given.get("train_micro_batch_size_per_gpu")),
+                ("zero_stage", read_section(given, "zero_optimization").get("stage")),
+                ("dtype", read_section(given, "bf16").get("enabled")),
+                ("dtype", read_section(given, "fp16").get("enabled"))):
+            if value is not None:
+                raise InputError(f"{args.deepspeed_config}: {value} is set by --{flag}, take it out of the file")
+        settings = merge(settings, given)
+    return settings
+
+
+def make_model(args, conversations, device, dtype, spread):
+    """Vision tower, language model and tokenizer from their folders, or from nothing -> VisualChat, Tokenizer.
+
+    spread() is DeepSpeed's zero.Init: under ZeRO-3 each parameter is spread over the processes as soon as it is made,
+    and the weights stream from the files into the parts; else a context that does nothing."""
+    made = {"empty": spread} if args.zero_stage == 3 else {}
+    new = []
+    for folder in (args.language_model, args.vision_model):
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder} holds no model: config.json and model.safetensors belong there")
-        if empty and args.trainable != "all":
+        new.append(not has_weights(folder))
+        if new[-1] and args.trainable != "all":
             raise InputError(f"{folder} holds config.json but no weights (*.safetensors): a model from nothing needs "
                              "--trainable all")
     features = args.feature_layer, args.class_token
@@ -148,31 +292,42 @@ def make_model(args, conversations, device, dtype):
             raise InputError(f"{file} is missing: LLaMA-2's SentencePiece tokenizer belongs beside its weights")
         file = args.out / "tokenizer.model"
         size = LlamaConfig.read(args.language_model).vocab_size
-        together(lambda: Tokenizer.train(conversations, size, file), everywhere=False)
+        if not (args.resume and file.exists()):
+            together(lambda: Tokenizer.train(conversations, size, file), everywhere=False)
     tokenizer = Tokenizer(file)
     torch.manual_seed(args.seed)
     if new[0]:
         config = LlamaConfig.read(args.language_model)
         config.vocab_size = len(tokenizer)
-        language = Llama(config)
+        with spread():
+            language = Llama(config)
     else:
-        language = load_llama(args.language_model, dtype)
+        language = load_llama(args.language_model, dtype, device, **made)
         if len(tokenizer) > language.config.vocab_size:
             raise InputError(f"{file} has {len(tokenizer)} pieces, the language model only "
                              f"{language.config.vocab_size} embeddings: they do not belong together")
-    vision = make_vit(sizes) if new[1] else load_vit(args.vision_model, dtype, "cpu", *features)
-    model = VisualChat(vision, language, args.attention, args.projection)
+    if not new[1]:
+        vision = load_vit(args.vision_model, dtype, device, *features, **made)
+    torch.manual_seed(args.seed + 1)  # loading under zero.Init has drawn numbers
+    with spread():
+        vision = make_vit(sizes) if new[1] else vision
+        model = VisualChat(vision, language, args.attention, args.projection)
+        for layers, rank in ((language.model.layers, args.lora_rank), (vision.blocks, args.vision_lora_rank)):
+            if rank:
+                add_lora(layers, rank)
+    language.model.gradient_checkpointing = vision.gradient_checkpointing = args.gradient_checkpointing
     model.preprocessing = read_preprocessing(args.vision_model, vision.config.image_size)
     model.set_trained(everything=args.trainable == "all")
-    return model.to(device=device, dtype=dtype), tokenizer
+    return (model if args.zero_stage == 3 else model.to(device=device, dtype=dtype)), tokenizer
 
 
-def micro_batches(count, args, world, rank):
-    """Which samples this process takes, micro-batch by micro-batch; all processes get equally many, some may be empty.
+def micro_batches(count, args, world, rank, done=0):
+    """Which samples this process takes, micro-batch by micro-batch, after `done` steps; all processes get equally many,
+    some may be empty.
 
     Step s takes samples s * batch_size and on; micro-batch m of process r the r-th part of the m-th round of them."""
     size = args.micro_batch_size
-    for first in range(0, math.ceil(count / args.batch_size) * args.batch_size, size * world):
+    for first in range(done * args.batch_size, math.ceil(count / args.batch_size) * args.batch_size, size * world):
         start = first + rank * size
         yield range(min(start, count), min(start + size, count))
 
@@ -188,14 +343,14 @@ def finish_batch(samples, dummy):
     return collate(whole), tokens, sum(left_out), [sentence for sentence in broken if sentence]
 
 
-def batches(conversations, model, tokenizer, args):
-    """The micro-batches of this process, read by workers"""
+def batches(conversations, model, tokenizer, args, done=0):
+    """The micro-batches of this process after `done` steps, read by workers"""
     size = model.vision_model.config.image_size
     samples = Samples(conversations, tokenizer, model.image_tokens, model.preprocessing, args.max_length,
                       args.max_images)
     dummy = encode([Turn("", None, ["dummy"])], tokenizer, model.image_tokens)
     dummy.pixels = [torch.zeros(3, size, size)]
-    sampler = [list(part) for part in micro_batches(len(samples), args, dist.get_world_size(), dist.get_rank())]
+    sampler = [list(part) for part in micro_batches(len(samples), args, dist.get_world_size(), dist.get_rank(), done)]
     return torch.utils.data.DataLoader(samples, batch_sampler=sampler, num_workers=args.workers,
                                        collate_fn=partial(finish_batch, dummy=dummy),
                                        multiprocessing_context="fork" if args.workers else None)  # shares Packed
@@ -256,7 +411,13 @@ def train(args):
     if rest or not accumulation:
         raise InputError(f"--batch_size {args.batch_size} is no multiple of --micro_batch_size {args.micro_batch_size} "
                          f"x {world} processes")
-    together(lambda: check_out(args), everywhere=False)
+    if args.trainable == "all" and (args.lora_rank or args.vision_lora_rank or args.save_trained_only):
+        raise InputError("--trainable all trains every weight: --lora_rank, --vision_lora_rank and --save_trained_only "
+                         "are for frozen ones")
+    settings = engine_settings(args, dtype, accumulation)
+    found = [together(lambda: check_out(args), everywhere=False)]
+    dist.broadcast_object_list(found)
+    folder, run = found[0] or (None, {"step": 0, "epoch": 0, "best": math.inf, "rounds_left_out": 0, "broken": []})
 
     # data
     sets = together(lambda: read_datasets(args))  # process 0 first: it makes the index of a picture file
@@ -275,14 +436,18 @@ def train(args):
     total = min(total, args.max_steps or total)
 
     # model
-    model, tokenizer = make_model(args, epochs[0], device, dtype)
-    together(lambda: clear_out(args.out), everywhere=False)
+    spread = partial(deepspeed.zero.Init, config_dict_or_path=settings) if args.zero_stage == 3 else nullcontext
+    model, tokenizer = make_model(args, epochs[0], device, dtype, spread)
+    now = identity(args, sets, model)
+    if folder:
+        check_state(folder, run, now)
+    together(lambda: clear_out(args.out, folder), everywhere=False)
     embedding = model.language_model.model.embed_tokens.weight
     groups = [{"params": [p for p in model.parameters() if p.requires_grad and p is not embedding]},
               {"params": [embedding], "lr": args.embedding_learning_rate or args.learning_rate}]
-    trained = sum(p.numel() for group in groups for p in group["params"])
+    trained = sum(size_of(p).numel() for group in groups for p in group["params"])
     if is_main():
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {trained:,} of them trained; "
+        print(f"{sum(size_of(p).numel() for p in model.parameters()):,} parameters, {trained:,} of them trained; "
               f"{sum(map(len, training))} conversations to train on, {sum(map(len, rest))} held out; {total} steps")
         if lost:
             print(printable(f"{len(lost)} of {count} samples lack a picture and are replaced: {', '.join(lost[:5])}"))
@@ -292,18 +457,20 @@ def train(args):
         rise = max(1, round(args.warmup * total))
         return (step + 1) / rise if step < rise else (1 + math.cos(math.pi * (step - rise) / max(1, total - rise))) / 2
 
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config={
-        "train_batch_size": args.batch_size, "train_micro_batch_size_per_gpu": args.micro_batch_size,
-        "gradient_accumulation_steps": accumulation, "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": args.zero_stage},
-        "optimizer": {"type": "AdamW", "params": {"lr": args.learning_rate, "betas": [0.9, 0.95], "weight_decay": 0.0,
-                                                  "torch_adam": True}},
-        "bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16},
-    }, lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule))
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=groups, config=settings,
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule))
+    if folder:
+        load_state(engine, args.out, run)
 
     # loop
-    step, best, rounds_left_out, broken = 0, math.inf, 0, []
-    log = open(args.out / "log.jsonl", "w") if is_main() else None
+    step, best, rounds_left_out, broken = run["step"], run["best"], run["rounds_left_out"], run["broken"]
+    log = open(args.out / "log.jsonl", "a" if folder else "w") if is_main() else None
+    starts = [sum(math.ceil(len(samples) / args.batch_size) for samples in epochs[:n]) for n in range(args.epochs)]
+
+    def save(epoch):
+        save_state(engine, args.out, {"step": step, "epoch": epoch, "best": best, "rounds_left_out": rounds_left_out,
+                                      "broken": broken, **now})
 
     def write(**line):
         if log:
@@ -317,10 +484,11 @@ def train(args):
             raise InputError(f"{len(broken)} samples of this epoch cannot be used, more than {BROKEN:.0%}: "
                              f"{'; '.join(broken[:5])}")
 
-    bar = tqdm(total=total, unit="step", disable=not is_main())
-    for epoch, samples in enumerate(epochs):
-        broken.clear()
-        loader = iter(batches(samples, model, tokenizer, args))
+    bar = tqdm(total=total, initial=step, unit="step", disable=not is_main())
+    for epoch, samples in list(enumerate(epochs))[run["epoch"]:]:
+        if step == starts[epoch]:
+            broken.clear()
+        loader = iter(batches(samples, model, tokenizer, args, step - starts[epoch]))
         began = time.perf_counter()
         while step < total and (work := next_step(loader, accumulation, device)):
             parts, count, tokens, left_out, sentences = work
@@ -341,12 +509,17 @@ def train(args):
                   tokens_per_second=round(tokens / seconds, 1), seconds=round(seconds, 4))
             bar.update()
             bar.set_postfix_str(f"loss {loss:.4f}, learning rate {rate:.2e}, {tokens / seconds:.0f} tokens/s")
+            if step % args.save_every == 0:
+                save(epoch)
+        if step % args.save_every and step != run["step"]:
+            save(epoch)
         result = evaluate(engine, iter(batches(held_out, model, tokenizer, args)), accumulation, device, note)
         if result:
             eval_loss, exact = result
             write(step=step, epoch=epoch + 1, eval_loss=eval_loss, eval_exact=exact)
             bar.write(f"epoch {epoch + 1}: held-out loss {eval_loss:.4f}, exact match {exact:.2%}")
-        engine.module.save_pretrained(args.out / f"epoch-{epoch + 1}", tokenizer.file)
+        engine.module.save_pretrained(args.out / f"epoch-{epoch + 1}", tokenizer.file, (
+            args.language_model, args.vision_model) if args.save_trained_only else None)
         if is_main() and not (result and eval_loss >= best):
             best = eval_loss if result else best
             link = args.out / ".best.unfinished"
@@ -356,6 +529,8 @@ def train(args):
             break
     bar.close()
     if is_main():
+        for state in args.out.glob("resume-*"):
+            remove(state)
         print(f"{step} steps; {rounds_left_out} rounds left out (--max_length, --max_images); "
               f"the model is in {args.out}/best")
     dist.destroy_process_group()
@@ -365,7 +540,17 @@ def main():
     """Run; what the user can mend is one sentence on stderr and exit code 2"""
     args = command_line()
     try:
-        train(args)
+        try:
+            train(args)
+        except OSError as error:  # a full disk
+            raise InputError(f"{error.filename or args.out}: {error.strerror or error}") from error
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            raise InputError(
+                "out of memory; less is needed with a lower --micro_batch_size (now "
+                f"{args.micro_batch_size}), a lower --max_length (now {args.max_length}), or --gradient_checkpointing "
+                f"(now {'on' if args.gradient_checkpointing else 'off'})") from error
     except InputError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             tqdm.write(printable(f"train.py: {error}"), file=sys.stderr)  # on its own line, whatever the bar does

@@ -22,6 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch.utils.checkpoint import checkpoint
 
 
 class InputError(ValueError):
@@ -242,8 +243,7 @@ class ViTEmbeddings(nn.Module):
         D, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
         self.class_embedding = nn.Parameter(torch.randn(D) * 0.02)
         self.patch_embedding = nn.Conv2d(3, D, config.patch_size, config.patch_size, bias=False)
-        self.position_embedding = nn.Embedding(patches + 1, D)
-        nn.init.normal_(self.position_embedding.weight, std=0.02)
+        self.position_embedding = nn.Embedding.from_pretrained(torch.randn(patches + 1, D) * 0.02, freeze=False)
 
     def forward(self, pixels):
         """pixels (N, 3, S, S) -> (N, P, Dv), class token first"""
@@ -255,6 +255,8 @@ class ViTEmbeddings(nn.Module):
 
 class ViT(nn.Module):
     """CLIP's vision transformer, whose features are the hidden states of one layer, without CLIP's final norm."""
+
+    gradient_checkpointing = False
 
     def __init__(self, config):
         super().__init__()
@@ -269,14 +271,19 @@ class ViT(nn.Module):
         """pixels (N, 3, S, S) -> features (N, P, Dv)"""
         check_pixels(pixels, self.config.image_size)
         x = self.pre_layrnorm(self.embeddings(pixels))                                       # (N, P, Dv)
-        for layer in self.encoder["layers"][:self.depth]:
-            x = layer(x)                                                                     # (N, P, Dv)
+        for layer in self.blocks:
+            x = apply(layer, x, again=self.gradient_checkpointing)                           # (N, P, Dv)
         return x if self.config.class_token else x[:, 1:]
 
     @property
     def depth(self):
         """How many layers a feature passes"""
         return self.config.num_hidden_layers + 1 + self.config.feature_layer
+
+    @property
+    def blocks(self):
+        """The layers that a feature passes"""
+        return self.encoder["layers"][:self.depth]
 
     @property
     def untrained(self):
@@ -354,8 +361,8 @@ class QwenBlock(nn.Module):
 def fixed_positions(side, D):
     """Sines and cosines of a side x side grid, row by row -> (side * side, D): D / 2 numbers of the column, then D / 2
     of the row, each sines and then cosines of place / 10000^(i / (D / 4))."""
-    angles = torch.arange(side)[:, None] / 10000 ** (torch.arange(D // 4, dtype=torch.float64) / (D // 4))
-    line = torch.cat([angles.sin(), angles.cos()], 1).float()                                # (side, D / 2)
+    angles = np.arange(side)[:, None] / 10000 ** (np.arange(D // 4) / (D // 4))  # in float64
+    line = torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], 1)).float()     # (side, D / 2)
     return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, 0)], 1)             # (side * side, D)
 
 
@@ -398,7 +405,7 @@ class Resampler(nn.Module):
             raise InputError(f"a resampler of width {D} with {queries} queries cannot be made: the width is at least "
                              "128 and a multiple of 4 and of its width // 128 heads, the queries are a square number")
         self.query, self.attn = nn.Parameter(torch.empty(queries, D)), ResamplerAttention(D)
-        self.pos_embed = nn.Parameter(fixed_positions(math.isqrt(queries), D))
+        self.pos_embed = nn.Parameter(torch.empty(queries, D).copy_(fixed_positions(math.isqrt(queries), D)))
         self.kv_proj = kv_proj or (nn.Identity() if width == D else nn.Linear(width, D, bias=False))
         self.ln_q, self.ln_kv = (nn.LayerNorm(D, eps) for _ in range(2))
         nn.init.trunc_normal_(self.query, std=0.02)
@@ -418,6 +425,8 @@ class Resampler(nn.Module):
 class QwenViT(nn.Module):
     """Qwen-VL's encoder, whose features are what its resampler makes of the patches: no class token, no projection."""
 
+    gradient_checkpointing = False
+
     def __init__(self, config):
         super().__init__()
         self.config, D = config, config.width
@@ -434,9 +443,21 @@ class QwenViT(nn.Module):
         x = self.conv1(pixels)                                                       # (N, width, side, side)
         places = resize_positions(self.positional_embedding, x.shape[2])                     # (side * side, width)
         x = self.ln_pre(x.flatten(2).transpose(1, 2) + places)                       # (N, side * side, width)
-        for block in self.transformer["resblocks"]:
-            x = block(x)                                                             # (N, side * side, width)
+        for block in self.blocks:
+            x = apply(block, x, again=self.gradient_checkpointing)                   # (N, side * side, width)
         return self.ln_post(self.attn_pool(x))                                               # (N, P, Dv)
+
+    @property
+    def blocks(self):
+        """The layers before the resampler"""
+        return self.transformer["resblocks"]
+
+
+def apply(layer, *inputs, again=False):
+    """layer(*inputs). again: what its gradient needs is not kept but computed again (arXiv:1604.06174)"""
+    if again and torch.is_grad_enabled():
+        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return layer(*inputs)
 
 
 def check_pixels(pixels, size):

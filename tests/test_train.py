@@ -2,14 +2,18 @@
 import argparse
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import FIXTURES, ROOT, tiny_model
+from safetensors.torch import load_file
 
 from data import DATASETS, Epoch, Tokenizer, encode, read_datasets
 from model import VisualChat, load_vit
@@ -191,3 +195,59 @@ def test_all_data_sets_on_two_processes_with_two_workers(folder):
             part = samples[first:first + 8]
             steps.append((sum(len(e.input_ids) for e in part), sum(int((e.labels != -100).sum()) for e in part)))
     assert [(line["tokens"], line["trained_tokens"]) for line in log if "loss" in line] == steps and len(set(steps)) == len(steps)
+
+
+LORA = ["--datasets", "llava_dial", "--concatenate", "1", "--batch_size", "4", "--epochs", "2", "--eval_fraction", "0.2",
+        "--lora_rank", "2", "--vision_lora_rank", "2", "--overwrite"]
+
+
+def test_lora_checkpointing_and_both_forms_of_a_checkpoint(folder):
+    """LoRA with layers computed again = without, on two processes too; merged weights = base and factors"""
+    one = run(folder, *LORA, "--micro_batch_size", "4", "--zero_stage", "0")
+    merged = dict(VisualChat.from_pretrained(folder / "out/best").named_parameters())
+    base = dict(tiny_model().named_parameters())
+    for part in ("self_attn.q_proj", "mlp.down_proj"):
+        assert not torch.equal(merged[f"language_model.model.layers.0.{part}.weight"], base[f"language_model.model.layers.0.{part}.weight"])
+    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    assert not torch.equal(merged[name], base[name]), "LoRA in both towers"
+    two = run(folder, *LORA, "--micro_batch_size", "1", "--gradient_checkpointing", "--save_trained_only", two=True)
+    torch.testing.assert_close(torch.tensor(losses(one)), torch.tensor(losses(two)), atol=2e-5, rtol=2e-5)
+    names = set(load_file(folder / "out/best/language_model/trained.safetensors"))
+    assert "model.embed_tokens.weight" in names and "model.layers.0.mlp.up_proj.lora_A" in names and "lm_head.weight" not in names
+    for name, value in VisualChat.from_pretrained(folder / "out/best").named_parameters():
+        torch.testing.assert_close(value, merged[name], atol=1e-4, rtol=1e-4)
+    again = run(folder, *LORA, "--language_model", folder / "out/best/language_model", "--out", folder / "again", "--max_steps", "1")
+    assert losses(again) or (folder / "again/best").exists(), "what was trained alone is a starting point"
+
+
+def test_an_interrupted_run_takes_the_same_steps(folder):
+    """Killed with SIGKILL and resumed, the log is that of an undisturbed run, each step once"""
+    flags = ["--datasets", "llava_dial", "--concatenate", "1", "--batch_size", "2", "--micro_batch_size", "1", "--epochs", "3",
+             "--eval_fraction", "0.2", "--save_every", "1"]
+    whole = run(folder, *flags)
+    (folder / "out").rename(folder / "whole")
+    assert not list((folder / "whole").glob("*resume-*")), "a finished run keeps no state"
+    command = [sys.executable, "train.py", "--language_model", folder / "llama", "--vision_model", FIXTURES / "tiny-clip", "--data_path",
+               folder, "--out", folder / "out", "--workers", "1", *flags, "--resume"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    generator = random.Random(0)
+    for _ in range(int(os.environ.get("KILLS", 2))):
+        with subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, start_new_session=True,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            log, lines = folder / "out/log.jsonl", generator.randint(1, 5)
+            begun = len(log.read_text().splitlines()) if log.exists() else 0
+            while process.poll() is None and (len(log.read_text().splitlines()) if log.exists() else 0) < begun + lines:
+                time.sleep(0.01)
+            time.sleep(generator.random() * 0.3)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        for path in [*(folder / "out").glob("epoch-*"), *(folder / "out").glob("best")]:
+            VisualChat.from_pretrained(path)
+    if list((folder / "out").glob("resume-*")):
+        assert "was written with --learning_rate 0.001, this run has 0.5" in run(folder, *flags, "--resume", "--learning_rate", "0.5", fails=True)
+        assert "is of 1 processes" in run(folder, *flags, "--resume", two=True, fails=True)
+    resumed = run(folder, *flags, "--resume")
+    drop = ("seconds", "tokens_per_second")
+    assert [{k: v for k, v in line.items() if k not in drop} for line in resumed] == [
+        {k: v for k, v in line.items() if k not in drop} for line in whole], "bit for bit"
+    assert "is finished" in run(folder, *flags, "--resume", fails=True)
