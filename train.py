@@ -77,7 +77,7 @@ def command_line():
         "training process")
     add("--zero_stage", type=int, choices=[0, 1, 2, 3], default=3, help="what ZeRO spreads over the processes")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="keep each layer's input and compute "
-                        "the rest again in the backward pass: less memory, a third more time")
+                        "the rest again in the backward pass: less memory, more time")
     add("--deepspeed_config", type=Path, metavar="JSON", help="DeepSpeed settings, merged over the built-in ones")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="number format (default: bfloat16 on GPUs that "
         "have it, float32 on a CPU)")
@@ -228,7 +228,7 @@ def load_state(engine, out, run):
     try:
         path, _ = engine.load_checkpoint(out, folder.name, load_module_strict=False)
     except (OSError, RuntimeError, EOFError, LookupError, AssertionError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or repr(error)).splitlines()[0]
         raise InputError(f"{folder} cannot be read: {reason}; begin anew with --overwrite") from error
     if path is None:
         raise InputError(f"{folder} is not whole; begin anew with --overwrite")
