@@ -52,9 +52,9 @@ class Chat:
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
         self.config = model.language_model.config
-        weight = model.language_model.model.norm.weight
-        self.device, self.dtype = weight.device, weight.dtype
-        self.cache = KVCache(self.config, self.config.max_position_embeddings, self.device, self.dtype)
+        weight, devices = model.language_model.model.embed_tokens.weight, model.language_model.model.devices
+        self.device = weight.device
+        self.cache = KVCache(self.config, self.config.max_position_embeddings, devices or self.device, weight.dtype)
         self.features = {}  # sha1 of the pixels -> features (P, D): a picture is encoded once in its life
         self.clear()
 
@@ -226,7 +226,8 @@ def main():
     add("--temperature", type=float, default=0.0, help="0 always takes the most likely token (%(default)s)")
     add("--top_p", type=float, default=1.0, help="draw from the likeliest tokens that sum to this (%(default)s)")
     add("--seed", type=int, default=1234, help="of the draws (%(default)s)")
-    add("--device", help="cpu, cuda:0, ... (the best there is)")
+    add("--device", help="cpu, cuda:0, ... or several with commas between, over which the layers are spread (the best "
+        "there is)")
     add("--script", type=Path, metavar="JSON", help="answer the dialogues of this file instead of a person's (none)")
     add("--out", type=Path, default=Path("answers.csv"), metavar="CSV", help="where its answers go (%(default)s)")
     args = parser.parse_args()

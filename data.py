@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from mmca import IMAGE, PAD, TEXT
-from vision import InputError, image_tokens, load_image, preprocess, read_json, read_vit_config
+from vision import InputError, image_tokens, load_image, positive, preprocess, read_json, read_vit_config
 
 SYSTEM = "You are a powerful vision-language assistant."
 
@@ -645,13 +645,6 @@ def collate(examples):
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------
-
-def positive(text):
-    """A whole number from 1, for argparse"""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
-    return int(text)
-
 
 def arguments(description):
     """The flags that say what the model sees -> (parser, a function that adds one more); train.py adds its own"""

@@ -29,19 +29,23 @@ from safetensors import SafetensorError, safe_open
 
 from mmca import IMAGE, TEXT, attend, image_term, pattern
 from vision import (InputError, QwenConfig, QwenViT, Resampler, ViT, ViTConfig, ViTLayer, apply, check_sizes,
-                    image_tokens, read_json, read_preprocessing, read_section, read_vit_config)
+                    image_tokens, positive, read_json, read_preprocessing, read_section, read_vit_config)
 
 
 def choose_device(device=None, dtype=None):
     """The one place where device and number format are chosen; the choice is printed.
 
-    device: "cpu", "cuda:1", ... or None for the best there is; dtype: "float32", "bfloat16", "float16" or None:
-    bfloat16 on GPUs that have it, float32 on a CPU. Returns (torch.device, torch.dtype)."""
-    try:
-        device = torch.device(device or (torch.accelerator.current_accelerator() or "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
-        raise InputError(f"device {device}: {str(error).splitlines()[0]}") from error
+    device: "cpu", "cuda:1", several with commas between, or None for the best there is; dtype: "float32", "bfloat16",
+    "float16" or None: bfloat16 on GPUs that have it, float32 on a CPU. Returns (torch.device, torch.dtype), for several
+    devices (list of torch.device, torch.dtype)."""
+    devices = []
+    for name in str(device or torch.accelerator.current_accelerator() or "cpu").split(","):
+        try:
+            devices.append(torch.device(name))
+            torch.empty(1, device=name)
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
+            raise InputError(f"device {name}: {str(error).splitlines()[0]}") from error
+    device = min(devices, key=lambda device: device.type == "cpu")  # the first that is no CPU, if there is one
     if dtype is None and device.type == "cpu":
         dtype, reason = "float32", "the exact format of a CPU"
     elif dtype is None:
@@ -50,8 +54,8 @@ def choose_device(device=None, dtype=None):
     else:
         reason = "as asked"
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"device {device}, number format {dtype} ({reason})")
-    return device, getattr(torch, dtype)
+        print(f"device {', '.join(map(str, devices))}, number format {dtype} ({reason})")
+    return devices if len(devices) > 1 else device, getattr(torch, dtype)
 
 
 # ---- LLaMA-2 -------------------------------------------------------------------------------------------------------
@@ -445,7 +449,8 @@ class VisualChat(nn.Module):
         positions = torch.arange(held, held + input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
         x = self.embed(input_ids, modality, features)                                        # (1, T, D)
         x = self.language_model.model(x, positions, who, cache, self.cross_attention)       # (1, T, D)
-        logits = self.language_model.lm_head(x[0, -1]).float()                               # (V)
+        head = self.language_model.lm_head
+        logits = head(x[0, -1].to(head.weight.device)).float()                               # (V)
         cache.advance(who)  # last: until here an interrupt leaves the cache as it was
         return logits
 
@@ -551,7 +556,7 @@ def load_llama(folder, dtype=torch.float32, device="cpu", empty=partial(torch.de
     def place(name):
         if name.startswith("model.layers."):
             return layers[int(name.split(".")[2])]
-        return devices[0 if tied or name == "model.embed_tokens.weight" else -1]
+        return devices[0 if name == "model.embed_tokens.weight" else -1]
 
     load_weights(model, folder, rename, dtype, place)
     if tied:
@@ -790,7 +795,7 @@ VISION = {"clip-l": ViTConfig(1024, 4096, 24, 16, 224, 14), "qwen-vl": QwenConfi
 
 
 def describe(language, vision, attention, projection):
-    """Print the parts of a model, made on torch's meta device: parameters, trained or frozen by the recipe, bytes"""
+    """Print the parts of a model: parameters, trained or frozen by the recipe, bytes -> it, on torch's meta device"""
     for name, known in ((language, LANGUAGE), (vision, VISION)):
         if name not in known and not Path(name).is_dir():
             raise InputError(f"{name} is neither a folder nor one of {', '.join(known)}")
@@ -809,18 +814,60 @@ def describe(language, vision, attention, projection):
     for (name, state), count in sorted(parts.items(), key=lambda part: part[0][0] == "together"):
         print(f"{name:36}{count:16,}  {state:8}{2 * count:18,}")
     print(f"a picture of {sizes.image_size} x {sizes.image_size} takes {model.image_tokens} tokens")
+    return model
+
+
+def states(weights, trained, gpus, stage):
+    """Bytes on each GPU of (weights, gradients, optimizer) for so many numbers in the whole model and trained ones.
+
+    ZeRO, arXiv:1910.02054, section 3.1: 2 bytes a weight, 2 a gradient, 12 for Adam (weight, momentum and variance in
+    float32). Section 5: stage 1 spreads the optimizer's over the GPUs, 2 the gradients too, 3 the weights too."""
+    return (2 * weights // (gpus if stage == 3 else 1), 2 * trained // (gpus if stage >= 2 else 1),
+            12 * trained // (gpus if stage >= 1 else 1))
+
+
+def activations(config, tokens, checkpointing=False):
+    """Bytes that the backward pass of the recipe (frozen layers) needs from a forward pass of so many tokens, 16 bit.
+
+    Counted as arXiv:2205.05198, section 4.1, counts GPT's; attention's matrix is never kept. Of each layer: two norms
+    keep their input in float32 (8 D), attention q, k, v, its result and, for each head, the sum of its softmax
+    (4 H d + 4 K d + 4 H), SwiGLU two halves and their product's factor (6 F). After them the last norm (4 D) and the
+    logarithms of the head's softmax (4 V). With checkpointing each layer keeps its input (2 D), one of them all. Every
+    token counts as a trained word: the most that it can be, since image tokens ask for nothing and are not trained."""
+    D, F_, V, L = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
+    H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    layer = 8 * D + 4 * H * d + 4 * K * d + 4 * H + 6 * F_
+    return tokens * ((L * 2 * D + layer if checkpointing else L * layer) + 4 * D + 4 * V)
+
+
+def describe_memory(model, gpus, micro_batch_size, length):
+    """Print the bytes on each GPU while the recipe trains, without buffers of communication"""
+    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False)]
+    print(f"\n{f'bytes on each of {gpus} GPUs':24}{'weights':>18}{'gradients':>18}{'optimizer':>18}{'together':>18}")
+    for stage in range(4):
+        each = states(*counts, gpus, stage)
+        print(f"{f'ZeRO {stage}':24}" + "".join(f"{size:18,}" for size in (*each, sum(each))))
+    for name, again in (("activations", False), ("with checkpointing", True)):
+        size = activations(model.language_model.config, micro_batch_size * length, again)
+        print(f"{name:24}{'':54}{size:18,}")
 
 
 def main():
     """python model.py --describe LANGUAGE VISION"""
     parser = argparse.ArgumentParser(description="The parts of a model and their sizes; nothing is loaded.")
-    parser.add_argument("--describe", nargs=2, required=True, metavar=("LANGUAGE", "VISION"), help="folders, or of "
-                        f"{', '.join(LANGUAGE)} and {', '.join(VISION)}")
-    parser.add_argument("--attention", choices=["mmca", "causal", "cross"], default="mmca", help="%(default)s")
-    parser.add_argument("--projection", choices=["linear", "vit", "perceiver"], default="linear", help="%(default)s")
+    add = parser.add_argument
+    add("--describe", nargs=2, required=True, metavar=("LANGUAGE", "VISION"), help="folders, or of "
+        f"{', '.join(LANGUAGE)} and {', '.join(VISION)}")
+    add("--attention", choices=["mmca", "causal", "cross"], default="mmca", help="%(default)s")
+    add("--projection", choices=["linear", "vit", "perceiver"], default="linear", help="%(default)s")
+    add("--gpus", type=positive, metavar="N", help="also the memory that training takes on each of N GPUs")
+    add("--micro_batch_size", type=positive, default=1, metavar="N", help="samples at once on each (%(default)s)")
+    add("--length", type=positive, default=4096, metavar="TOKENS", help="of each sample (%(default)s)")
     try:
         args = parser.parse_args()
-        describe(*args.describe, args.attention, args.projection)
+        model = describe(*args.describe, args.attention, args.projection)
+        if args.gpus:
+            describe_memory(model, args.gpus, args.micro_batch_size, args.length)
     except InputError as error:
         print(f"model.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -27,11 +27,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import (Epoch, Samples, Tokenizer, Turn, arguments, collate, encode, hold_out, positive, printable,
-                  read_datasets)
+from data import (Epoch, Samples, Tokenizer, Turn, arguments, collate, encode, hold_out, printable, read_datasets)
 from model import (Llama, LlamaConfig, VisualChat, add_lora, choose_device, has_weights, is_main, load_llama, load_vit,
                    make_vit, size_of, vit_sizes, write_json)
-from vision import InputError, read_json, read_preprocessing, read_section
+from vision import InputError, positive, read_json, read_preprocessing, read_section
 
 
 BROKEN = 0.01  # share of an epoch's samples that may have a missing or broken picture before the run stops
@@ -162,50 +161,44 @@ def clear_out(out, resumed):
 
 
 FREE = ("out", "resume", "overwrite", "save_every", "save_trained_only", "workers", "micro_batch_size", "local_rank",
-        "gradient_checkpointing", "language_model", "vision_model", "data_path", "deepspeed_config")
+        "gradient_checkpointing", "language_model", "vision_model", "data_path")
 
 
 def identity(args, sets, model):
     """What must be the same when a run is resumed: flags (but for FREE ones, which change no result), the data, the
     names and shapes of what is trained, and a checksum of each frozen weight, which a state leaves out"""
-    flags = {name: str(value) for name, value in vars(args).items() if name not in FREE}
-    data = [hashlib.sha256(part.drafts.block).hexdigest() for part in sets]
+    same = {"number of processes": dist.get_world_size()}
+    same |= {f"--{name}": str(value) for name, value in vars(args).items() if name not in FREE}
+    if args.deepspeed_config:
+        same["--deepspeed_config"] = read_json(args.deepspeed_config)
+    same |= {f"data ({part.name})": hashlib.sha256(part.drafts.block).hexdigest() for part in sets}
     frozen = [(name, getattr(p, "ds_tensor", p)) for name, p in model.named_parameters() if not p.requires_grad]
     sums = torch.tensor([int(p.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.long)) for _, p in frozen])
     if args.zero_stage == 3:  # each process has a part of each
         sums = sums.to(model.language_model.model.norm.weight.device)
         dist.all_reduce(sums)
-    return {"processes": dist.get_world_size(), "flags": flags, "data": data,
-            "frozen": dict(zip((name for name, _ in frozen), sums.tolist())),
-            "trained": {name: list(size_of(p)) for name, p in model.named_parameters() if p.requires_grad}}
+    same |= {f"frozen weight {name}": total for (name, _), total in zip(frozen, sums.tolist())}
+    return same | {f"trained {name}": list(size_of(p)) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def check_state(folder, run, now):
     """InputError that names the first thing in which a state of an interrupted run (run.json) is of another run"""
-    try:
-        if run["processes"] != now["processes"]:
-            raise InputError(f"{folder} is of {run['processes']} processes, this run has {now['processes']}: start as "
-                             "many, or convert it with DeepSpeed's ds_to_universal")
-        for name, value in now["flags"].items():
-            if run["flags"].get(name) != value:
-                raise InputError(f"{folder} was written with --{name} {run['flags'].get(name)}, this run has {value}: "
-                                 "give the same flags, or begin anew with --overwrite")
-        if run["data"] != now["data"]:
-            raise InputError(f"{folder} was written with other data: --data_path or its files have changed")
-        for part, what in (("trained", "another model: its trained parameters differ"),
-                           ("frozen", "other weights: those that were trained from have changed")):
-            wrong = sorted(n for n in run[part].keys() | now[part].keys() if run[part].get(n) != now[part].get(n))
-            if wrong:
-                raise InputError(f"{folder} is of {what}, the first in {wrong[0]}")
-    except (KeyError, AttributeError) as error:
-        raise InputError(f"{folder}/run.json is not that of a state to resume from: {error}") from error
+    missing = {"step", "epoch", "best", "rounds_left_out", "broken", "identity"} - run.keys()
+    if missing:
+        raise InputError(f"{folder}/run.json is not whole: {', '.join(sorted(missing))} missing")
+    for name in now | run["identity"]:
+        old, new = run["identity"].get(name), now.get(name)
+        if old != new:
+            remedy = ("start as many, or convert it with DeepSpeed's ds_to_universal" if name == "number of processes"
+                      else "make it the same again, or begin anew with --overwrite")
+            raise InputError(f"{folder} is of another run: the {name} was {old}, here it is {new}; {remedy}")
 
 
 def save_state(engine, out, run):
     """DeepSpeed's checkpoint of this moment without the frozen weights, and run.json -> OUT/resume-STEP; one is kept"""
     name = f".resume-{run['step']}.unfinished"
     try:
-        engine.save_checkpoint(out, name, save_latest=False, exclude_frozen_parameters=True)
+        engine.save_checkpoint(out / name, "state", save_latest=False, exclude_frozen_parameters=True)
         if is_main():  # save_checkpoint ended with a barrier: every process has written its part
             write_json(out / name / "run.json", run)
             old = list(out.glob("resume-*"))
@@ -226,7 +219,7 @@ def load_state(engine, out, run):
     """DeepSpeed's checkpoint of a state; the frozen weights are not in it, names were checked before -> nothing"""
     folder = out / f"resume-{run['step']}"
     try:
-        path, _ = engine.load_checkpoint(out, folder.name, load_module_strict=False)
+        path, _ = engine.load_checkpoint(folder, "state", load_module_strict=False)
     except (OSError, RuntimeError, EOFError, LookupError, AssertionError, pickle.UnpicklingError) as error:
         reason = (str(error) or repr(error)).splitlines()[0]
         raise InputError(f"{folder} cannot be read: {reason}; begin anew with --overwrite") from error
@@ -259,13 +252,11 @@ def engine_settings(args, dtype, accumulation):
         "bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
     if args.deepspeed_config:
         given = read_json(args.deepspeed_config)
-        for flag, value in (("batch_size", given.get("train_batch_size")), ("batch_size", given.get(
-                "gradient_accumulation_steps")), ("micro_batch_size", given.get("train_micro_batch_size_per_gpu")),
-                ("zero_stage", read_section(given, "zero_optimization").get("stage")),
-                ("dtype", read_section(given, "bf16").get("enabled")),
-                ("dtype", read_section(given, "fp16").get("enabled"))):
-            if value is not None:
-                raise InputError(f"{args.deepspeed_config}: {value} is set by --{flag}, take it out of the file")
+        flags = {"train_batch_size": "batch_size", "gradient_accumulation_steps": "batch_size", "enabled": "dtype",
+                 "train_micro_batch_size_per_gpu": "micro_batch_size", "stage": "zero_stage"}
+        for section in (given, *(read_section(given, name) for name in ("zero_optimization", "bf16", "fp16"))):
+            for name in flags.keys() & section.keys():
+                raise InputError(f"{args.deepspeed_config}: {name} is set by --{flags[name]}, take it out of the file")
         settings = merge(settings, given)
     return settings
 
@@ -470,7 +461,7 @@ def train(args):
 
     def save(epoch):
         save_state(engine, args.out, {"step": step, "epoch": epoch, "best": best, "rounds_left_out": rounds_left_out,
-                                      "broken": broken, **now})
+                                      "broken": broken, "identity": now})
 
     def write(**line):
         if log:
@@ -552,8 +543,9 @@ def main():
                 f"{args.micro_batch_size}), a lower --max_length (now {args.max_length}), or --gradient_checkpointing "
                 f"(now {'on' if args.gradient_checkpointing else 'off'})") from error
     except InputError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            tqdm.write(printable(f"train.py: {error}"), file=sys.stderr)  # on its own line, whatever the bar does
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(5)  # what happens to all says process 0, and the launcher stops the others
+        tqdm.write(printable(f"train.py: {error}"), file=sys.stderr)  # on its own line, whatever the bar does
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(2) if dist.is_initialized() else sys.exit(2)
 

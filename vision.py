@@ -8,6 +8,7 @@ model, and the reading of weights (model.py).
 
 Shapes: N images, S pixels a side, P tokens of an image (patches and the class token), Dv width, H heads, d head width.
 """
+import argparse
 import json
 import math
 import struct
@@ -27,6 +28,13 @@ from torch.utils.checkpoint import checkpoint
 
 class InputError(ValueError):
     """What the user gave cannot be used. The message names thing and remedy; programs print it and exit with 2."""
+
+
+def positive(text):
+    """A whole number from 1, for argparse"""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
 
 
 def read_json(path, kind=dict):

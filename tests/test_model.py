@@ -1,6 +1,8 @@
 """LLaMA-2, VisualChat and weights against transformers' numbers and the rules of the design. python -m pytest tests/test_model.py"""
 import json
+import resource
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +10,9 @@ from conftest import FIXTURES, all_logits, sequence, tiny_model
 from safetensors.torch import load_file, save_file
 
 from mmca import IMAGE, TEXT, pattern
-from model import KVCache, Llama, LlamaConfig, VisualChat, describe, load_llama, load_vit, plain_weights, rotary, rotate, save_weights
-from vision import InputError, read_preprocessing
+from model import (KVCache, Llama, LlamaConfig, VisualChat, activations, choose_device, describe, load_llama, load_vit, make_vit,
+                   plain_weights, rotary, rotate, save_weights)
+from vision import InputError, ViTConfig, read_preprocessing
 
 KINDS = "mmca", "causal", "cross"
 
@@ -279,12 +282,74 @@ def test_describe_opens_folders_and_refuses_what_is_neither(capsys):
         describe("7", "clip-l", "mmca", "linear")
 
 
+@pytest.mark.parametrize("layers, pictures", [(4, 0), (4, 3), (8, 0)])
+def test_describe_foretells_the_activations(layers, pictures):
+    """All that autograd keeps of the recipe's forward pass in 16 bit, with layers computed again too"""
+    torch.manual_seed(0)
+    vision = ViTConfig(64, 128, 2, 4, 56, 14)
+    model = VisualChat(make_vit(vision), Llama(LlamaConfig(256, 704, layers, 8, 4, 32, 1000))).bfloat16()
+    model.set_trained()
+    modality = torch.tensor([[TEXT] * 100 + [IMAGE] * 17 * pictures + [TEXT] * 400])
+    ids = torch.randint(3, 1000, modality.shape)
+    for again in (False, True):
+        model.language_model.model.gradient_checkpointing, kept = again, {}
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def keep(tensor):
+            if tensor.untyped_storage().data_ptr() not in own:
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(ids, modality, ids.masked_fill(modality == IMAGE, -100), torch.randn(pictures, 3, 56, 56), torch.arange(pictures))
+        measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        formula = activations(model.language_model.config, ids.shape[1], again)
+        if again:  # while it is computed again, a layer keeps all; the forward pass ends before that
+            formula -= activations(replace(model.language_model.config, num_hidden_layers=1), ids.shape[1])
+            formula += ids.shape[1] * 4 * (256 + 1000)
+        assert 0.9 < measured / formula < 1.1
+
+
+def test_layers_on_several_devices(tmp_path):
+    """The numbers are those of one device; on the second, which holds no numbers, nothing of the first is used"""
+    for kind in ("mmca", "causal", "cross"):
+        tiny_model(kind).save_pretrained(tmp_path / kind)
+        logits = []
+        for devices in ("cpu", "cpu,cpu", "cpu,meta"):
+            devices, dtype = choose_device(devices)
+            model = VisualChat.from_pretrained(tmp_path / kind, dtype, devices)
+            layers = model.language_model.model
+            cache = KVCache(layers.config, 60, layers.devices or devices, dtype)
+            torch.manual_seed(1)
+            for text in ("TITT", "TT", "TIT"):
+                ids, modality = sequence(text)
+                features = model.encode_images(torch.randn(1, 3, 56, 56)) if "I" in text else None
+                logits.append(model.read(ids, modality, cache, features))
+        assert all(torch.equal(a, b) for a, b in zip(logits[:3], logits[3:6])) and logits[8].is_meta and cache.length == 3 + 17 + 2 + 2 + 17
+        where = [layer.mlp.up_proj.weight.device.type for layer in layers.layers]
+        assert where == [keys.device.type for keys in cache.keys] == ["cpu", "cpu", "meta"]
+        assert layers.embed_tokens.weight.is_cpu and layers.norm.weight.is_meta and model.language_model.lm_head.weight.is_meta
+
+
 def test_large_models_are_saved_in_shards(tmp_path):
     model = load_llama(FIXTURES / "tiny-llama")
     shutil.copy(FIXTURES / "tiny-llama/config.json", tmp_path)
     save_weights(plain_weights(model), tmp_path / "model.safetensors", shard_bytes=200_000)
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), load_llama(tmp_path).parameters()))
+
+
+def test_a_full_disk_leaves_the_checkpoint_that_was_there(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "it")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match="it cannot be written: File too large"):
+            tiny_model("cross").save_pretrained(tmp_path / "it")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["it"]
+    assert VisualChat.from_pretrained(tmp_path / "it").attention == "mmca"
 
 
 def test_half_a_checkpoint_is_refused(tmp_path):
