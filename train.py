@@ -9,6 +9,7 @@ model (model.py), the conversations and batches (data.py).
     python train.py ...                                  one process, without the launcher
 """
 import argparse
+import ctypes
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ import socket
 import sys
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -261,6 +262,19 @@ def engine_settings(args, dtype, accumulation):
     return settings
 
 
+@contextmanager
+def frugal():
+    """While a model is loaded or saved: freed blocks from 1 MB on go back to the system at once. glibc otherwise keeps
+    some of up to 32 MB, which makes training on a CPU faster"""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
+    mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+    try:
+        yield
+    finally:
+        mallopt(-3, 32 << 20), mallopt(-1, 64 << 20)  # and M_TRIM_THRESHOLD
+
+
+@frugal()
 def make_model(args, conversations, device, dtype, spread):
     """Vision tower, language model and tokenizer from their folders, or from nothing -> VisualChat, Tokenizer.
 
@@ -509,8 +523,9 @@ def train(args):
             eval_loss, exact = result
             write(step=step, epoch=epoch + 1, eval_loss=eval_loss, eval_exact=exact)
             bar.write(f"epoch {epoch + 1}: held-out loss {eval_loss:.4f}, exact match {exact:.2%}")
-        engine.module.save_pretrained(args.out / f"epoch-{epoch + 1}", tokenizer.file, (
-            args.language_model, args.vision_model) if args.save_trained_only else None)
+        with frugal():
+            bases = (args.language_model, args.vision_model) if args.save_trained_only else None
+            engine.module.save_pretrained(args.out / f"epoch-{epoch + 1}", tokenizer.file, bases)
         if is_main() and not (result and eval_loss >= best):
             best = eval_loss if result else best
             link = args.out / ".best.unfinished"

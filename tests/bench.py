@@ -5,19 +5,23 @@
     python tests/bench.py data      reading pictures for training against Pillow alone; picture files of gigabytes
     python tests/bench.py vision    CLIP's ViT-L/14 against transformers' (where that is installed)
     python tests/bench.py qwen      Qwen-VL's 2B encoder from ten shards in bfloat16: time and memory; writes 4 GB to TMPDIR
+    python tests/bench.py scale     a model of 1 GB over two processes with ZeRO-3: memory while it is loaded and saved
 """
 import argparse
 import base64
 import io
 import json
+import os
 import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,9 +33,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import train  # noqa: E402
 from data import Samples, Tokenizer, Turn, collate, read_datasets  # noqa: E402
 from mmca import IMAGE, PAD, TEXT, attend, attend_explicit, attention_matrix, pattern  # noqa: E402
-from model import VISION, make_vit  # noqa: E402
+from model import VISION, Llama, LlamaConfig, make_vit, plain_weights, save_weights, write_json  # noqa: E402
 from vision import CLIP_PREPROCESSING, ViT, ViTConfig  # noqa: E402
 
 
@@ -204,23 +209,84 @@ def bench_qwen(args):
             run = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True)
             most = 0
             while run.poll() is None:
-                lines = Path(f"/proc/{run.pid}/status").read_text().splitlines()
-                most = max([most, *(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))])
+                most = max(most, anonymous(run.pid))
                 time.sleep(0.005)
             print(f"  run in {dtype}: {run.stdout.read().strip()}; anonymous memory (RssAnon) at most {most / 1e9:.2f} GB, "
                   f"{most / weights:.2f} of the weights")
 
 
+def anonymous(pid):
+    """Anonymous memory of a process (RssAnon) in bytes; 0 when it has ended"""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+def bench_scale(args):
+    """Write a language model with random weights in float16, then load and save it in bfloat16 as train.py does"""
+    tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    sizes = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 8, "num_attention_heads": 16, "vocab_size": 32000}
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        for name, config in (("vision", {"model_type": "clip_vision_model", **tower}), ("language", sizes)):
+            (folder / name).mkdir()
+            write_json(folder / name / "config.json", config)
+        shutil.copy(Path(__file__).parent / "fixtures/tokenizer.model", folder / "language")
+        torch.set_default_dtype(torch.float16)
+        model = Llama(LlamaConfig.read(folder / "language"))
+        weights = sum(2 * p.numel() for p in model.parameters())
+        save_weights(plain_weights(model), folder / "language/model.safetensors", shard_bytes=3e8)
+        save_weights(plain_weights(make_vit(ViTConfig(**tower))), folder / "vision/model.safetensors")
+        del model
+        print(f"\na language model of {weights / 1e9:.2f} GB in 16 bit, two processes, ZeRO-3; anonymous memory (RssAnon) above that before", flush=True)
+        launcher = [Path(sys.executable).with_name("deepspeed"), "--num_accelerators", "2", "--master_port", "29518"]
+        subprocess.run([*launcher, __file__, "scale_process", "--folder", folder], check=True, cwd=Path(__file__).parent.parent)
+
+
+def scale_process(args):
+    """One of the two processes"""
+    sys.argv = ["train.py", "--language_model", f"{args.folder}/language", "--vision_model", f"{args.folder}/vision", "--out", args.folder,
+                "--batch_size", "2", "--micro_batch_size", "1"]
+    flags = train.command_line()
+    deepspeed, device = train.start_distributed(torch.device("cpu"))
+    settings = train.engine_settings(flags, torch.bfloat16, 1)
+    weights = sum(file.stat().st_size for file in Path(args.folder, "language").glob("*.safetensors"))
+    most, stop = [0], threading.Event()
+
+    def watch():
+        while not stop.wait(0.002):
+            most[0] = max(most[0], anonymous(os.getpid()))
+
+    threading.Thread(target=watch).start()
+    before = anonymous(os.getpid())
+    model = None
+    for what in ("loaded", "saved"):
+        most[0], began = 0, time.perf_counter()
+        if what == "loaded":
+            model, tokenizer = train.make_model(flags, None, device, torch.bfloat16, partial(deepspeed.zero.Init, config_dict_or_path=settings))
+        else:
+            with train.frugal():
+                model.save_pretrained(Path(args.folder, "saved"), tokenizer.file)
+        more = most[0] - before
+        sys.stdout.write(f"  process {torch.distributed.get_rank()}: {what} in {time.perf_counter() - began:.1f} s, at most "
+                         f"{more / 1e6:.0f} MB, {more / weights:.2f} of the model; then {(anonymous(os.getpid()) - before) / 1e6:.0f} MB\n")
+        torch.distributed.barrier()
+    stop.set()
+
+
 def main():
     """The command line"""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["mmca", "data", "vision", "qwen"])
+    parser.add_argument("what", choices=["mmca", "data", "vision", "qwen", "scale", "scale_process"])
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=9, help="medians of so many")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.what == "scale_process":
+        return scale_process(args)
     print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, float32")
-    {"mmca": bench_mmca, "data": bench_data, "vision": bench_vision, "qwen": bench_qwen}[args.what](args)
+    {"mmca": bench_mmca, "data": bench_data, "vision": bench_vision, "qwen": bench_qwen, "scale": bench_scale}[args.what](args)
 
 
 if __name__ == "__main__":
