@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 from mmca import IMAGE, TEXT, attend, image_term, pattern
-from vision import (InputError, QwenConfig, QwenViT, Resampler, ViT, ViTConfig, ViTLayer, apply, check_sizes,
-                    image_tokens, positive, read_json, read_preprocessing, read_section, read_vit_config)
+from vision import (InputError, QwenConfig, QwenViT, Resampler, ViT, ViTConfig, ViTLayer, apply, image_tokens,
+                    make_config, positive, read_json, read_preprocessing, read_section, read_vit_config)
 
 
 def choose_device(device=None, dtype=None):
@@ -90,18 +90,12 @@ class LlamaConfig:
             strange.append(f"rope scaling {rope.get('rope_type', rope.get('type'))!r}")
         if strange:
             raise InputError(f"{file}: not supported by this LLaMA-2: {', '.join(strange)}")
-        try:
-            width, heads, get = config["hidden_size"], config["num_attention_heads"], config.get
-            config = cls(width, config["intermediate_size"], config["num_hidden_layers"], heads,
-                         get("num_key_value_heads") or heads, get("head_dim") or width // heads, config["vocab_size"],
-                         get("max_position_embeddings", 2048), get("rms_norm_eps", 1e-6),
-                         rope.get("rope_theta", get("rope_theta", 10000.0)), get("tie_word_embeddings", False))
-        except KeyError as error:
-            raise InputError(f"{file} is not that of a LLaMA: {error.args[0]} missing") from error
-        except (TypeError, ZeroDivisionError) as error:
-            raise InputError(f"{file}: hidden_size and num_attention_heads must be whole numbers from 1") from error
-        check_sizes(file, config)
-        return config
+        config = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, **config, **rope}  # defaults of transformers
+        heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+        whole = isinstance(heads, int) and isinstance(width, int) and heads > 0
+        config["head_dim"] = config.get("head_dim") or (width // heads if whole else 0)
+        config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
+        return make_config(cls, "a LLaMA", file, config)
 
 
 class RMSNorm(nn.Module):

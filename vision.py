@@ -60,21 +60,16 @@ def read_section(config, name):
     return section
 
 
-def check_sizes(file, config):
-    """InputError unless each field that is a size is a whole number from 1"""
-    for name in (field.name for field in fields(config) if field.type is int and field.name != "feature_layer"):
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"{file}: {name} is {value!r}, not a whole number from 1")
-
-
 def make_config(kind, what, file, section):
     """A dataclass of sizes from a section of a config.json; InputError names what is missing or no size"""
     missing = [f.name for f in fields(kind) if f.default is MISSING and f.name not in section]
     if missing:
         raise InputError(f"{file} is not that of {what}: {', '.join(missing)} missing")
     config = kind(**{f.name: section[f.name] for f in fields(kind) if f.name in section})
-    check_sizes(file, config)
+    for name in (f.name for f in fields(kind) if f.type is int and f.name != "feature_layer"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{file}: {name} is {value!r}, not a whole number from 1")
     return config
 
 
