@@ -9,11 +9,13 @@ model, and the reading of weights (model.py).
 Shapes: N images, S pixels a side, P tokens of an image (patches and the class token), Dv width, H heads, d head width.
 """
 import argparse
+import base64
 import json
 import math
 import struct
 import warnings
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from io import BytesIO
 from pathlib import Path
@@ -30,26 +32,32 @@ class InputError(ValueError):
     """What the user gave cannot be used. The message names thing and remedy; programs print it and exit with 2."""
 
 
-def positive(text):
-    """A whole number from 1, for argparse"""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
-    return int(text)
+def number(kind, low, below=math.inf):
+    """For argparse: a function that reads an int or a float from low to below another"""
+    def read(text):
+        with suppress(ValueError):
+            if low <= kind(text) < below:
+                return kind(text)
+        what, most = "whole number" if kind is int else "number", "" if below == math.inf else f" and below {below}"
+        raise argparse.ArgumentTypeError(f"{text!r} is no {what} from {low}{most}")
+    return read
+
+
+positive = number(int, 1)
 
 
 def read_json(path, kind=dict):
-    """The content of a JSON file, an object or, with kind=list, a list; InputError with the name of the file and the
-    position where it is broken."""
+    """The object, or with kind=list the list, in a JSON file; InputError with the file and where in it the fault is."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        if isinstance(content, kind):
-            return content
-        raise InputError(f"{path} holds no JSON {'object' if kind is dict else 'list'}")
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise InputError(f"{path} is not valid JSON: {error.msg} at {place}") from error
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not isinstance(content, kind):
+        raise InputError(f"{path} holds no JSON {'object' if kind is dict else 'list'}")
+    return content
 
 
 def read_section(config, name):
@@ -66,30 +74,27 @@ def make_config(kind, what, file, section):
     if missing:
         raise InputError(f"{file} is not that of {what}: {', '.join(missing)} missing")
     config = kind(**{f.name: section[f.name] for f in fields(kind) if f.name in section})
-    for name in (f.name for f in fields(kind) if f.type is int and f.name != "feature_layer"):
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"{file}: {name} is {value!r}, not a whole number from 1")
+    for f in fields(kind):
+        value = getattr(config, f.name)
+        if f.type is int and f.name != "feature_layer" and not (isinstance(value, int) and value > 0):
+            raise InputError(f"{file}: {f.name} is {value!r}, not a whole number from 1")
     return config
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------
 
-CLIP_PREPROCESSING = {  # preprocessor_config.json of openai/clip-vit-large-patch14, size and crop_size apart
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
+CLIP_PREPROCESSING = {"image_mean": [0.48145466, 0.4578275, 0.40821073],  # of openai/clip-vit-large-patch14
+                      "image_std": [0.26862954, 0.26130258, 0.27577711]}
 
 
 def load_image(path):
     """Open a picture as PIL RGB. path: a file, or (file, offset, length) for base64 text inside a JSON file.
 
-    The picture is turned as its EXIF orientation says (CLIP's own code does not: a photograph of a phone would lie on
-    its side), transparency is laid on white, 16-bit pixels are scaled, of an animation the first frame is taken.
-    InputError with path and reason if it cannot be read."""
+    It is turned as its EXIF orientation says (CLIP's own code does not: a phone's photograph would lie on its side),
+    transparency is laid on white, 16-bit pixels are scaled, of an animation the first frame is taken. InputError with
+    path and reason if it cannot be read."""
     try:
         if isinstance(path, tuple):
-            import base64
             file, offset, length = path
             with open(file, "rb") as source:
                 source.seek(offset)
@@ -121,12 +126,11 @@ def read_preprocessing(folder, image_size):
     if file.exists():
         config.update(read_json(file))
     try:
-        made = preprocess(Image.new("RGB", (image_size, image_size)), config).shape
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        made = tuple(preprocess(Image.new("RGB", (image_size, image_size)), config).shape)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{file} cannot be used: {error}") from error
     if made != (3, image_size, image_size):
-        raise InputError(f"{file} makes pictures of {tuple(made)}, "
-                         f"the vision model takes (3, {image_size}, {image_size})")
+        raise InputError(f"{file} makes pictures of {made}, the vision model takes (3, {image_size}, {image_size})")
     return config
 
 
@@ -136,14 +140,12 @@ def preprocess(image, config):
     config: the content of preprocessor_config.json, in the old spelling ("size": 224) or the new one
     ("size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}); height and width squash."""
     size, crop = config["size"], config.get("crop_size", config["size"])
-    size = {"shortest_edge": size} if isinstance(size, int) else size
-    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-    if "shortest_edge" in size:  # the longer side is cut to an integer, not rounded
-        short, scale = size["shortest_edge"], min(image.size)
+    if isinstance(size, int) or "shortest_edge" in size:  # the longer side is cut to an integer, not rounded
+        short, scale = size if isinstance(size, int) else size["shortest_edge"], min(image.size)
         width, height = (int(short * side / scale) for side in image.size)
     else:
         width, height = size["width"], size["height"]
-    across, down = crop.get("width", width), crop.get("height", height)
+    across, down = (crop, crop) if isinstance(crop, int) else (crop.get("width", width), crop.get("height", height))
     left, top = (width - across) // 2, (height - down) // 2
     # Pillow resizes across, then down: what the crop takes away on the sides needs no second pass
     image = image.resize((width, image.height), Image.Resampling.BICUBIC).crop((left, 0, left + across, image.height))
@@ -184,17 +186,29 @@ class ViTConfig:
         config = {"image_size": 224, "patch_size": 32, **config}  # the defaults that transformers leaves out
         config = make_config(cls, "a CLIP vision model", file, config)
         if config.hidden_act not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise InputError(f"{file}: hidden_act {config.hidden_act!r} is not supported, only {known}")
+            raise InputError(f"{file}: hidden_act {config.hidden_act!r} is not supported, only {', '.join(ACTIVATIONS)}")
         return config
 
 
-ACTIVATIONS = {"quick_gelu": lambda x: F.silu(1.702 * x, inplace=True).div_(1.702),  # x sigmoid(1.702 x)
-               "gelu": F.gelu}
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), with one tensor beside x"""
+
+    def forward(self, x):
+        """x (...) -> (...)"""
+        return F.silu(1.702 * x, inplace=True).div_(1.702)
+
+
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+
+
+def multi_head(q, k, v):
+    """softmax(QK' / sqrt(d)) V of each head: q (N, n, H, d), k and v (N, P, H, d) -> the heads joined (N, n, H d)"""
+    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))            # (N, H, n, d)
+    return out.transpose(1, 2).flatten(2)                                                    # (N, n, H d)
 
 
 class ViTAttention(nn.Module):
-    """Every patch attends to every patch of its image: softmax(QK' / sqrt(d)) V."""
+    """Every patch attends to every patch of its image."""
 
     def __init__(self, config):
         super().__init__()
@@ -203,24 +217,9 @@ class ViTAttention(nn.Module):
 
     def forward(self, x):
         """x (N, P, Dv) -> (N, P, Dv)"""
-        q, k, v = (proj(x).unflatten(2, (self.heads, -1)).transpose(1, 2)                    # (N, H, P, d)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        out = F.scaled_dot_product_attention(q, k, v)                                        # (N, H, P, d)
-        return self.out_proj(out.transpose(1, 2).flatten(2))                                 # (N, P, Dv)
-
-
-class ViTMLP(nn.Module):
-    """fc2(act(fc1(x))): each patch on its own."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.act = ACTIVATIONS[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x):
-        """x (N, P, Dv) -> (N, P, Dv)"""
-        return self.fc2(self.act(self.fc1(x)))
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (project(x).unflatten(2, (self.heads, -1)) for project in projections)     # (N, P, H, d)
+        return self.out_proj(multi_head(q, k, v))                                            # (N, P, Dv)
 
 
 class ViTLayer(nn.Module):
@@ -228,9 +227,11 @@ class ViTLayer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.self_attn, self.mlp = ViTAttention(config), ViTMLP(config)
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        D, F_ = config.hidden_size, config.intermediate_size
+        self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(D, config.layer_norm_eps) for _ in range(2))
+        self.self_attn = ViTAttention(config)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(D, F_), act=ACTIVATIONS[config.hidden_act](),
+                                             fc2=nn.Linear(F_, D)))
 
     def forward(self, x):
         """x (N, P, Dv) -> (N, P, Dv)"""
@@ -279,19 +280,14 @@ class ViT(nn.Module):
         return x if self.config.class_token else x[:, 1:]
 
     @property
-    def depth(self):
-        """How many layers a feature passes"""
-        return self.config.num_hidden_layers + 1 + self.config.feature_layer
-
-    @property
     def blocks(self):
         """The layers that a feature passes"""
-        return self.encoder["layers"][:self.depth]
+        return self.encoder["layers"][:self.config.num_hidden_layers + 1 + self.config.feature_layer]
 
     @property
     def untrained(self):
         """What is never trained, since no feature passes it"""
-        return [self.post_layernorm, *self.encoder["layers"][self.depth:]]
+        return [self.post_layernorm, *self.encoder["layers"][len(self.blocks):]]
 
 
 # ---- Qwen-VL's vision transformer and its resampler ----------------------------------------------------------------
@@ -313,7 +309,6 @@ class QwenConfig:
     # what a projection asks of a vision tower; the last two are those of the CLIP block in projection "vit"
     hidden_size = property(lambda self: self.output_dim)
     image_tokens = property(lambda self: self.n_queries)
-    num_hidden_layers = property(lambda self: self.layers)
     num_attention_heads = property(lambda self: self.heads)
     intermediate_size = property(lambda self: int(self.mlp_ratio * self.width))
     hidden_act, layer_norm_eps = "gelu", 1e-5
@@ -340,9 +335,8 @@ class QwenAttention(nn.Module):
 
     def forward(self, x):
         """x (N, P, Dv) -> (N, P, Dv)"""
-        q, k, v = self.in_proj(x).unflatten(2, (self.heads, 3, -1)).transpose(1, 2).unbind(3)    # (N, H, P, d)
-        out = F.scaled_dot_product_attention(q, k, v)                                        # (N, H, P, d)
-        return self.out_proj(out.transpose(1, 2).flatten(2))                                 # (N, P, Dv)
+        q, k, v = self.in_proj(x).unflatten(2, (self.heads, 3, -1)).unbind(3)                # (N, P, H, d)
+        return self.out_proj(multi_head(q, k, v))                                            # (N, P, Dv)
 
 
 class QwenBlock(nn.Module):
@@ -350,10 +344,10 @@ class QwenBlock(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1, self.ln_2 = (nn.LayerNorm(config.width, eps=1e-6) for _ in range(2))
+        D, F_ = config.width, config.intermediate_size
+        self.ln_1, self.ln_2 = (nn.LayerNorm(D, eps=1e-6) for _ in range(2))
         self.attn = QwenAttention(config)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(config.width, config.intermediate_size), gelu=nn.GELU(),
-                                             c_proj=nn.Linear(config.intermediate_size, config.width)))
+        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(D, F_), gelu=nn.GELU(), c_proj=nn.Linear(F_, D)))
 
     def forward(self, x):
         """x (N, P, Dv) -> (N, P, Dv)"""
@@ -390,11 +384,9 @@ class ResamplerAttention(nn.Module):
 
     def forward(self, queries, keys, values):
         """queries (n, D), keys and values (N, P, D) -> (N, n, D)"""
-        parts = zip((queries[None], keys, values), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
-        q, k, v = (F.linear(x, weight, bias).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (N or 1, H, n or P, d)
-                   for x, weight, bias in parts)
-        out = F.scaled_dot_product_attention(q.expand(len(k), -1, -1, -1), k, v)             # (N, H, n, d)
-        return self.out_proj(out.transpose(1, 2).flatten(2))                                 # (N, n, D)
+        inputs = zip((queries[None], keys, values), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
+        q, k, v = (F.linear(*each).unflatten(2, (self.heads, -1)) for each in inputs)        # (N or 1, n or P, H, d)
+        return self.out_proj(multi_head(q.expand(len(k), -1, -1, -1), k, v))                 # (N, n, D)
 
 
 class Resampler(nn.Module):
@@ -419,10 +411,7 @@ class Resampler(nn.Module):
         keys = values + resize_positions(self.pos_embed, math.isqrt(x.shape[1]))             # (N, P, D)
         return self.attn(self.ln_q(self.query) + self.pos_embed, keys, values)               # (N, n, D)
 
-    @property
-    def untrained(self):
-        """What is never trained: a fixed table"""
-        return [self.pos_embed]
+    untrained = property(lambda self: [self.pos_embed])  # a fixed table
 
 
 class QwenViT(nn.Module):
@@ -450,10 +439,7 @@ class QwenViT(nn.Module):
             x = apply(block, x, again=self.gradient_checkpointing)                   # (N, side * side, width)
         return self.ln_post(self.attn_pool(x))                                               # (N, P, Dv)
 
-    @property
-    def blocks(self):
-        """The layers before the resampler"""
-        return self.transformer["resblocks"]
+    blocks = property(lambda self: self.transformer["resblocks"])  # the layers before the resampler
 
 
 def apply(layer, *inputs, again=False):
