@@ -16,7 +16,7 @@ import os
 import pickle
 import shutil
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import partial
@@ -35,27 +35,23 @@ from vision import (InputError, QwenConfig, QwenViT, Resampler, ViT, ViTConfig, 
 def choose_device(device=None, dtype=None):
     """The one place where device and number format are chosen; the choice is printed.
 
-    device: "cpu", "cuda:1", several with commas between, or None for the best there is; dtype: "float32", "bfloat16",
-    "float16" or None: bfloat16 on GPUs that have it, float32 on a CPU. Returns (torch.device, torch.dtype), for several
-    devices (list of torch.device, torch.dtype)."""
+    device: "cpu", "cuda:1", several with commas between, None for the best there is; dtype: "float32", "bfloat16",
+    "float16", None for the best that the devices compute. Returns (list of torch.device, torch.dtype)."""
     devices = []
     for name in str(device or torch.accelerator.current_accelerator() or "cpu").split(","):
         try:
-            devices.append(torch.device(name))
-            torch.empty(1, device=name)
+            devices.append(torch.empty(1, device=name).device)
         except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
             raise InputError(f"device {name}: {str(error).splitlines()[0]}") from error
-    device = min(devices, key=lambda device: device.type == "cpu")  # the first that is no CPU, if there is one
-    if dtype is None and device.type == "cpu":
+    kinds, reason = {device.type for device in devices}, "as asked"
+    if dtype is None and kinds == {"cpu"}:
         dtype, reason = "float32", "the exact format of a CPU"
     elif dtype is None:
-        has = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+        has = "cuda" not in kinds or torch.cuda.is_bf16_supported(including_emulation=False)
         dtype, reason = ("bfloat16", "this device has it") if has else ("float16", "this GPU has no bfloat16")
-    else:
-        reason = "as asked"
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"device {', '.join(map(str, devices))}, number format {dtype} ({reason})")
-    return devices if len(devices) > 1 else device, getattr(torch, dtype)
+    return devices, getattr(torch, dtype)
 
 
 # ---- LLaMA-2 -------------------------------------------------------------------------------------------------------
@@ -173,18 +169,14 @@ class LlamaLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(LlamaAttention):
     """What CrA adds before each decoder layer (`kind="cross"`; Flamingo, arXiv:2204.14198): text rows get
     x += tanh(gate) * o_proj(softmax(QK' . M2) V), with weights of its own; queries come from the normed rows, keys and
     values from the projected features, unrotated. The gate starts at zero: an untrained layer changes nothing."""
 
     def __init__(self, config):
-        super().__init__()
-        D, d, H, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
-        self.d, self.norm = d, RMSNorm(D, config.rms_norm_eps)
-        self.q_proj, self.k_proj = nn.Linear(D, H * d, bias=False), nn.Linear(D, K * d, bias=False)
-        self.v_proj, self.o_proj = nn.Linear(D, K * d, bias=False), nn.Linear(H * d, D, bias=False)
-        self.gate = nn.Parameter(torch.zeros(1))
+        super().__init__(config)
+        self.norm, self.gate = RMSNorm(config.hidden_size, config.rms_norm_eps), nn.Parameter(torch.zeros(1))
 
     def forward(self, x, features, pattern, cache=None):
         """x (B, n, D) the text rows, features (B, m, D) the new image rows, newest first -> (B, n, D)"""
@@ -245,7 +237,7 @@ class LoRA(nn.Module):
 
     def __init__(self, linear, rank):
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight, self.bias, self.rank = linear.weight, linear.bias, rank
         self.lora_A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(rank, linear.in_features), a=5 ** 0.5))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank))
 
@@ -256,14 +248,10 @@ class LoRA(nn.Module):
 
 def add_lora(layers, rank):
     """Put LoRA in the place of every linear layer of some blocks"""
-    for name, linear in [(n, m) for n, m in layers.named_modules() if isinstance(m, nn.Linear)]:
-        owner, _, leaf = name.rpartition(".")
-        setattr(layers.get_submodule(owner), leaf, LoRA(linear, rank))
-
-
-def lora_rank(module):
-    """The rank of a model's LoRA, 0 if it has none"""
-    return next((size_of(m.lora_A)[0] for m in module.modules() if isinstance(m, LoRA)), 0)
+    for module in list(layers.modules()):
+        for name, linear in list(module.named_children()):
+            if isinstance(linear, nn.Linear):
+                setattr(module, name, LoRA(linear, rank))
 
 
 class Llama(nn.Module):
@@ -490,8 +478,9 @@ class VisualChat(nn.Module):
         configs = {
             "config.json": {"model_type": "visualchat", "attention": self.attention, "projection": self.projection_kind,
                             "image_tokens": self.image_tokens, "feature_layer": vision.feature_layer,
-                            "class_token": vision.class_token, "lora_rank": lora_rank(self.language_model),
-                            "vision_lora_rank": lora_rank(self.vision_model)},
+                            "class_token": vision.class_token,
+                            **{f"{name}lora_rank": next((m.rank for m in part.modules() if isinstance(m, LoRA)), 0)
+                               for name, part in (("", self.language_model), ("vision_", self.vision_model))}},
             "language_model/config.json": {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
                                            **asdict(language), "hidden_act": "silu", "bos_token_id": 1,
                                            "eos_token_id": 2, "torch_dtype": dtype},
@@ -571,14 +560,14 @@ def load_vit(folder, dtype=torch.float32, device="cpu", feature_layer=-1, class_
 
 def vit_sizes(folder, feature_layer=-1, class_token=True):
     """ViTConfig or QwenConfig of a folder, and from its weights, if there are any, the number of Qwen-VL's queries"""
-    config, folder = read_vit_config(folder, feature_layer, class_token), bases(folder)[0]
-    files = weight_files(folder, vit_name) if has_weights(folder) else []
-    queries = [shape[0] for file in files for name, shape, _ in _tensors(file) if vit_name(name) == "attn_pool.query"]
-    if queries and isinstance(config, ViTConfig):
-        raise InputError(f"{folder} holds the weights of Qwen-VL's encoder, but its config.json has no section "
-                         "`visual`: put Qwen-VL's config.json there")
-    if queries:
-        config.n_queries = queries[0]
+    config = read_vit_config(folder, feature_layer, class_token)
+    for file in weight_files(bases(folder)[0], vit_name) if has_weights(folder) else ():
+        for name, shape, _ in _tensors(file):
+            if vit_name(name) == "attn_pool.query":
+                if isinstance(config, ViTConfig):
+                    raise InputError(f"{folder} holds the weights of Qwen-VL's encoder, but its config.json has no "
+                                     "section `visual`: put Qwen-VL's config.json there")
+                config.n_queries = shape[0]
     return config
 
 
@@ -600,19 +589,15 @@ def make_vit(config):
 def weight_files(folder, rename=lambda name: name):
     """The files that hold a model's weights, one or those shards of an index with a tensor that rename does not leave
     out; InputError if there are none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; config.json and *.safetensors of a model belong there")
     for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        files = [folder / name] if (folder / name).exists() else []
+        index, files = folder / f"{name}.index.json", [folder / name]
         if index.exists():
-            files = read_section(read_json(index), "weight_map")
-            files = [folder / file for file in sorted({file for name, file in files.items() if rename(name)})]
+            places = read_section(read_json(index), "weight_map")
+            files = [folder / file for file in sorted({file for name, file in places.items() if rename(name)})]
             missing = [file.name for file in files if not file.exists()]
             if missing:
                 raise InputError(f"{folder}: {index.name} names {', '.join(missing)}, not found there")
-        if files:
+        if files and files[0].exists():
             return files
     raise InputError(f"{folder} holds no weights: model.safetensors, or shards with model.safetensors.index.json, "
                      "belong there")
@@ -645,15 +630,14 @@ def load_weights(module, folder, rename, dtype, place):
         for name, shape, read in _tensors(file):
             target, _, factor = name.partition(".lora_")
             parameter = parameters.get(f"{target}.weight" if factor else name)
-            fits = parameter is not None and (factor or shape == size_of(parameter))
-            if not fits:
+            if parameter is None or not factor and shape != size_of(parameter):
                 raise InputError(f"{file}: {name} {tuple(shape)} does not fit the model of its base {base}")
+            if factor:
+                factors.setdefault(target, {})[factor] = read().to(parameter)
             with gathered([parameter], writer=0):
                 if not factor:
                     parameter.data.copy_(read())
-                    continue
-                factors.setdefault(target, {})[factor] = read().to(parameter)
-                if len(factors[target]) == 2:
+                elif len(factors[target]) == 2:
                     parameter.data.copy_(merged(parameter.data, **factors.pop(target)))
 
 
@@ -780,7 +764,7 @@ def write_json(path, content):
     Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-# ---- the command line ----------------------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------------------------------------
 
 LANGUAGE = {"7b": LlamaConfig(4096, 11008, 32, 32, 32, 128, 32000),
             "13b": LlamaConfig(5120, 13824, 40, 40, 40, 128, 32000),
@@ -793,21 +777,22 @@ def describe(language, vision, attention, projection):
     for name, known in ((language, LANGUAGE), (vision, VISION)):
         if name not in known and not Path(name).is_dir():
             raise InputError(f"{name} is neither a folder nor one of {', '.join(known)}")
-    sizes = VISION.get(vision) or vit_sizes(vision)
     with torch.device("meta"):
-        model = Llama(LANGUAGE.get(language) or LlamaConfig.read(language))
-        model = VisualChat(make_vit(sizes), model, attention, projection)
+        tower = make_vit(VISION.get(vision) or vit_sizes(vision))
+        model = VisualChat(tower, Llama(LANGUAGE.get(language) or LlamaConfig.read(language)), attention, projection)
     model.set_trained()
-    parts = {("together", state): 0 for state in ("trained", "frozen", "")}
+    parts, together = Counter(), Counter({("together", "trained"): 0, ("together", "frozen"): 0})
     for name, parameter in model.named_parameters():
         depth = 3 if name.startswith("language_model.model") else 2 if "_model." in name else 1
         state = "trained" if parameter.requires_grad else "frozen"
-        for key in ((".".join(name.split(".")[:depth]), state), ("together", state), ("together", "")):
-            parts[key] = parts.get(key, 0) + parameter.numel()
+        parts[".".join(name.split(".")[:depth]), state] += parameter.numel()
+        together["together", state] += parameter.numel()
+    together["together", ""] = together.total()
     print(f"{'part':36}{'parameters':>16}{'':10}{'bytes, 16 bit':>18}")
-    for (name, state), count in sorted(parts.items(), key=lambda part: part[0][0] == "together"):
+    for (name, state), count in (*parts.items(), *together.items()):
         print(f"{name:36}{count:16,}  {state:8}{2 * count:18,}")
-    print(f"a picture of {sizes.image_size} x {sizes.image_size} takes {model.image_tokens} tokens")
+    size = tower.config.image_size
+    print(f"a picture of {size} x {size} takes {model.image_tokens} tokens")
     return model
 
 
@@ -816,8 +801,8 @@ def states(weights, trained, gpus, stage):
 
     ZeRO, arXiv:1910.02054, section 3.1: 2 bytes a weight, 2 a gradient, 12 for Adam (weight, momentum and variance in
     float32). Section 5: stage 1 spreads the optimizer's over the GPUs, 2 the gradients too, 3 the weights too."""
-    return (2 * weights // (gpus if stage == 3 else 1), 2 * trained // (gpus if stage >= 2 else 1),
-            12 * trained // (gpus if stage >= 1 else 1))
+    sizes = (2 * weights, 3), (2 * trained, 2), (12 * trained, 1)
+    return tuple(size // gpus if stage >= spread else size for size, spread in sizes)
 
 
 def activations(config, tokens, checkpointing=False):
@@ -834,20 +819,8 @@ def activations(config, tokens, checkpointing=False):
     return tokens * ((L * 2 * D + layer if checkpointing else L * layer) + 4 * D + 4 * V)
 
 
-def describe_memory(model, gpus, micro_batch_size, length):
-    """Print the bytes on each GPU while the recipe trains, without buffers of communication"""
-    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False)]
-    print(f"\n{f'bytes on each of {gpus} GPUs':24}{'weights':>18}{'gradients':>18}{'optimizer':>18}{'together':>18}")
-    for stage in range(4):
-        each = states(*counts, gpus, stage)
-        print(f"{f'ZeRO {stage}':24}" + "".join(f"{size:18,}" for size in (*each, sum(each))))
-    for name, again in (("activations", False), ("with checkpointing", True)):
-        size = activations(model.language_model.config, micro_batch_size * length, again)
-        print(f"{name:24}{'':54}{size:18,}")
-
-
 def main():
-    """python model.py --describe LANGUAGE VISION"""
+    """python model.py --describe LANGUAGE VISION; with --gpus the memory of training, without communication buffers"""
     parser = argparse.ArgumentParser(description="The parts of a model and their sizes; nothing is loaded.")
     add = parser.add_argument
     add("--describe", nargs=2, required=True, metavar=("LANGUAGE", "VISION"), help="folders, or of "
@@ -857,14 +830,22 @@ def main():
     add("--gpus", type=positive, metavar="N", help="also the memory that training takes on each of N GPUs")
     add("--micro_batch_size", type=positive, default=1, metavar="N", help="samples at once on each (%(default)s)")
     add("--length", type=positive, default=4096, metavar="TOKENS", help="of each sample (%(default)s)")
+    args = parser.parse_args()
     try:
-        args = parser.parse_args()
         model = describe(*args.describe, args.attention, args.projection)
-        if args.gpus:
-            describe_memory(model, args.gpus, args.micro_batch_size, args.length)
     except InputError as error:
         print(f"model.py: {error}", file=sys.stderr)
         sys.exit(2)
+    if args.gpus:
+        counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False)]
+        names = "weights", "gradients", "optimizer", "together"
+        print(f"\n{f'bytes on each of {args.gpus} GPUs':24}" + "".join(f"{name:>18}" for name in names))
+        for stage in range(4):
+            each = states(*counts, args.gpus, stage)
+            print(f"{f'ZeRO {stage}':24}" + "".join(f"{size:18,}" for size in (*each, sum(each))))
+        for name, again in (("activations", False), ("with checkpointing", True)):
+            size = activations(model.language_model.config, args.micro_batch_size * args.length, again)
+            print(f"{name:24}{'':54}{size:18,}")
 
 
 if __name__ == "__main__":

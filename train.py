@@ -11,6 +11,7 @@ model (model.py), the conversations and batches (data.py).
 import argparse
 import ctypes
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -31,24 +32,10 @@ from tqdm import tqdm
 from data import (Epoch, Samples, Tokenizer, Turn, arguments, collate, encode, hold_out, printable, read_datasets)
 from model import (Llama, LlamaConfig, VisualChat, add_lora, choose_device, has_weights, is_main, load_llama, load_vit,
                    make_vit, size_of, vit_sizes, write_json)
-from vision import InputError, positive, read_json, read_preprocessing, read_section
+from vision import InputError, number, positive, read_json, read_preprocessing, read_section
 
 
 BROKEN = 0.01  # share of an epoch's samples that may have a missing or broken picture before the run stops
-
-
-def fraction(text):
-    """A number from 0 to below 1, for argparse"""
-    if not 0 <= float(text) < 1:
-        raise ValueError
-    return float(text)
-
-
-def whole(text):
-    """A whole number from 0, for argparse"""
-    if int(text) < 0:
-        raise ValueError
-    return int(text)
 
 
 def command_line():
@@ -57,31 +44,29 @@ def command_line():
     add("--attention", choices=["mmca", "causal", "cross"], default="mmca", help="the mechanism")
     add("--feature_layer", type=int, default=-1, metavar="N", help="CLIP's layer whose output is taken, -1 is the last")
     add("--trainable", choices=["recipe", "all"], default="recipe", help="recipe: embedding, projection, CrA's layers")
-    add("--lora_rank", type=whole, default=0, metavar="R", help="rank of LoRA in the language model, 0 for none")
-    add("--vision_lora_rank", type=whole, default=0, metavar="R", help="the same in the vision tower")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
-    parser.add_argument("--resume", action="store_true", help="continue the run that --out holds, with the same flags")
-    add("--save_every", type=positive, default=500, metavar="STEPS", help="steps between two states to resume from; "
-        "one is kept")
-    parser.add_argument("--save_trained_only", action="store_true", help="checkpoints hold what was trained, LoRA as "
-                        "its factors, and where the rest is; the folders trained from must stay")
+    add("--lora_rank", type=number(int, 0), default=0, metavar="R", help="of LoRA in the language model, 0 for none")
+    add("--vision_lora_rank", type=number(int, 0), default=0, metavar="R", help="of LoRA in the vision tower")
+    add("--overwrite", action="store_true", help="replace the run that --out holds")
+    add("--resume", action="store_true", help="continue the run that --out holds, with the same flags")
+    add("--save_every", type=positive, default=500, metavar="STEPS", help="from one state to resume from to the next")
+    add("--save_trained_only", action="store_true", help="checkpoints hold what was trained, LoRA as its factors, and "
+        "where the rest is; the folders trained from must stay")
     add("--epochs", type=positive, default=6, help="times through the data")
     add("--max_steps", type=positive, help="stop after so many steps (default: all of them)")
     add("--batch_size", type=positive, default=128, help="samples of a step, of all processes together")
     add("--micro_batch_size", type=positive, default=4, help="samples at once of one process; accumulation follows")
-    add("--learning_rate", type=float, default=1e-3, help="at its highest")
-    add("--embedding_learning_rate", type=float, help="of the word embedding, if another (default: --learning_rate)")
-    add("--warmup", type=fraction, default=0.1, help="fraction of all steps in which the learning rate rises")
-    add("--eval_fraction", type=fraction, default=0.1, help="share of the conversations that is held out")
-    add("--workers", type=int, choices=range(65), metavar="N", default=2, help="processes that read pictures, for each "
-        "training process")
+    add("--learning_rate", type=number(float, 0), default=1e-3, help="at its highest")
+    add("--embedding_learning_rate", type=number(float, 0), help="of the word embedding (default: --learning_rate)")
+    add("--warmup", type=number(float, 0, 1), default=0.1, help="share of all steps in which the learning rate rises")
+    add("--eval_fraction", type=number(float, 0, 1), default=0.1, help="share of the conversations that is held out")
+    add("--workers", type=number(int, 0, 65), default=2, metavar="N", help="that read pictures, for each process")
     add("--zero_stage", type=int, choices=[0, 1, 2, 3], default=3, help="what ZeRO spreads over the processes")
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="keep each layer's input and compute "
-                        "the rest again in the backward pass: less memory, more time")
+    add("--gradient_checkpointing", action="store_true", help="keep each layer's input and compute the rest again in "
+        "the backward pass: less memory, more time")
     add("--deepspeed_config", type=Path, metavar="JSON", help="DeepSpeed settings, merged over the built-in ones")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="number format (default: bfloat16 on GPUs that "
-        "have it, float32 on a CPU)")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="number format (default: float32 on a CPU, else "
+        "bfloat16 where there is it)")
+    add("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it
     return parser.parse_args()
 
 
@@ -138,16 +123,15 @@ def earlier_run(out):
 def check_out(args):
     """Make the folder of the run; refuse to replace a run unless asked, and never one that this run reads from. With
     --resume -> the folder of the last state of an unfinished run and the content of its run.json; else None"""
-    args.out.mkdir(parents=True, exist_ok=True)
     if args.resume and args.overwrite:
         raise InputError("--resume continues a run and --overwrite replaces it: choose one")
-    if args.resume:
-        states = sorted(args.out.glob("resume-*"), key=lambda path: int(path.name.partition("-")[2]))
-        if states:
-            return states[-1], read_json(states[-1] / "run.json")
-        if list(args.out.glob("epoch-*")):
-            raise InputError(f"--resume: the run in {args.out} is finished; --overwrite begins a new one")
-    elif earlier_run(args.out) and not args.overwrite:
+    args.out.mkdir(parents=True, exist_ok=True)
+    states = sorted(args.out.glob("resume-*"), key=lambda path: int(path.name.partition("-")[2]))
+    if args.resume and states:
+        return states[-1], read_json(states[-1] / "run.json")
+    if args.resume and list(args.out.glob("epoch-*")):
+        raise InputError(f"--resume: the run in {args.out} is finished; --overwrite begins a new one")
+    if earlier_run(args.out) and not (args.overwrite or args.resume):
         raise InputError(f"--out {args.out} already holds a run; name another folder, or add --overwrite to replace it "
                          "or --resume to continue it")
     for folder in (args.language_model, args.vision_model, args.data_path):
@@ -167,18 +151,18 @@ FREE = ("out", "resume", "overwrite", "save_every", "save_trained_only", "worker
 
 def identity(args, sets, model):
     """What must be the same when a run is resumed: flags (but for FREE ones, which change no result), the data, the
-    names and shapes of what is trained, and a checksum of each frozen weight, which a state leaves out"""
+    names and shapes of what is trained, and the sum of the bytes of each frozen weight, which a state leaves out"""
     same = {"number of processes": dist.get_world_size()}
     same |= {f"--{name}": str(value) for name, value in vars(args).items() if name not in FREE}
     if args.deepspeed_config:
         same["--deepspeed_config"] = read_json(args.deepspeed_config)
     same |= {f"data ({part.name})": hashlib.sha256(part.drafts.block).hexdigest() for part in sets}
-    frozen = [(name, getattr(p, "ds_tensor", p)) for name, p in model.named_parameters() if not p.requires_grad]
-    sums = torch.tensor([int(p.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.long)) for _, p in frozen])
-    if args.zero_stage == 3:  # each process has a part of each
-        sums = sums.to(model.language_model.model.norm.weight.device)
+    frozen = {name: getattr(p, "ds_tensor", p) for name, p in model.named_parameters() if not p.requires_grad}
+    sums = [p.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.long) for p in frozen.values()]
+    sums = torch.stack(sums) if sums else torch.empty(0)
+    if frozen and args.zero_stage == 3:  # each process has a part of each
         dist.all_reduce(sums)
-    same |= {f"frozen weight {name}": total for (name, _), total in zip(frozen, sums.tolist())}
+    same |= {f"frozen weight {name}": total for name, total in zip(frozen, sums.tolist())}
     return same | {f"trained {name}": list(size_of(p)) for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -197,18 +181,17 @@ def check_state(folder, run, now):
 
 def save_state(engine, out, run):
     """DeepSpeed's checkpoint of this moment without the frozen weights, and run.json -> OUT/resume-STEP; one is kept"""
-    name = f".resume-{run['step']}.unfinished"
+    work, old = out / f".resume-{run.step}.unfinished", list(out.glob("resume-*"))
     try:
-        engine.save_checkpoint(out / name, "state", save_latest=False, exclude_frozen_parameters=True)
+        engine.save_checkpoint(work, "state", save_latest=False, exclude_frozen_parameters=True)
         if is_main():  # save_checkpoint ended with a barrier: every process has written its part
-            write_json(out / name / "run.json", run)
-            old = list(out.glob("resume-*"))
-            (out / name).rename(out / f"resume-{run['step']}")
+            write_json(work / "run.json", vars(run))
+            work.rename(out / f"resume-{run.step}")
             for folder in old:
                 remove(folder)
     except (OSError, RuntimeError) as error:  # torch says RuntimeError when a disk is full
-        shutil.rmtree(out / name, ignore_errors=True)
-        raise InputError(f"the state of step {run['step']} cannot be written to {out}: {error}") from error
+        shutil.rmtree(work, ignore_errors=True)
+        raise InputError(f"the state of step {run.step} cannot be written to {out}: {error}") from error
 
 
 def remove(folder):
@@ -217,8 +200,8 @@ def remove(folder):
 
 
 def load_state(engine, out, run):
-    """DeepSpeed's checkpoint of a state; the frozen weights are not in it, names were checked before -> nothing"""
-    folder = out / f"resume-{run['step']}"
+    """Take up DeepSpeed's checkpoint of a state, without the frozen weights (check_state knows the names), and its log"""
+    folder, log = out / f"resume-{run.step}", out / "log.jsonl"
     try:
         path, _ = engine.load_checkpoint(folder, "state", load_module_strict=False)
     except (OSError, RuntimeError, EOFError, LookupError, AssertionError, pickle.UnpicklingError) as error:
@@ -227,19 +210,18 @@ def load_state(engine, out, run):
     if path is None:
         raise InputError(f"{folder} is not whole; begin anew with --overwrite")
     if is_main():  # the log is cut back to this step
-        lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
-        steps = [n for n, line in enumerate(lines) if f'"step": {run["step"]}, ' in line and '"loss"' in line]
-        (out / "log.jsonl").write_text("".join(lines[:steps[0] + 1] if steps else lines))
+        lines = log.read_text().splitlines(keepends=True)
+        steps = [n for n, line in enumerate(lines) if f'"step": {run.step}, ' in line and '"loss"' in line]
+        (out / ".log.unfinished").write_text("".join(lines[:steps[0] + 1] if steps else lines))
+        (out / ".log.unfinished").replace(log)
 
 
 def merge(ours, theirs):
     """Settings over settings, object by object; one of another "type" is taken whole"""
-    result = {**ours, **theirs}
-    for name in ours.keys() & theirs.keys():
-        if isinstance(ours[name], dict) and isinstance(theirs[name], dict):
-            if theirs[name].get("type", ours[name].get("type")) == ours[name].get("type"):
-                result[name] = merge(ours[name], theirs[name])
-    return result
+    both = isinstance(ours, dict) and isinstance(theirs, dict)
+    if not both or theirs.get("type", ours.get("type")) != ours.get("type"):
+        return theirs
+    return {**ours, **{name: merge(ours.get(name), value) for name, value in theirs.items()}}
 
 
 def engine_settings(args, dtype, accumulation):
@@ -326,59 +308,48 @@ def make_model(args, conversations, device, dtype, spread):
     return (model if args.zero_stage == 3 else model.to(device=device, dtype=dtype)), tokenizer
 
 
-def micro_batches(count, args, world, rank, done=0):
-    """Which samples this process takes, micro-batch by micro-batch, after `done` steps; all processes get equally many,
-    some may be empty.
-
-    Step s takes samples s * batch_size and on; micro-batch m of process r the r-th part of the m-th round of them."""
-    size = args.micro_batch_size
-    for first in range(done * args.batch_size, math.ceil(count / args.batch_size) * args.batch_size, size * world):
-        start = first + rank * size
-        yield range(min(start, count), min(start + size, count))
-
-
 def finish_batch(samples, dummy):
-    """What Samples gives, several times -> (batch, its tokens, rounds left out, broken samples). A batch without a
-    picture gets a sample of weight zero: under ZeRO-3 all processes must run the same modules."""
+    """What Samples gives, several times -> (batch, its trained tokens, tokens, rounds left out, broken samples). A
+    batch without a picture gets a sample of weight zero: under ZeRO-3 all processes must run the same modules."""
     examples, left_out, broken = zip(*samples) if samples else ((), (), ())
     whole = [example for example in examples if example]
     tokens = sum(len(example.input_ids) for example in whole)
     if not any(example.images for example in whole):
         whole.append(dummy)
-    return collate(whole), tokens, sum(left_out), [sentence for sentence in broken if sentence]
+    batch = collate(whole)
+    return batch, int((batch["labels"] != -100).sum()), tokens, sum(left_out), [text for text in broken if text]
 
 
 def batches(conversations, model, tokenizer, args, done=0):
-    """The micro-batches of this process after `done` steps, read by workers"""
-    size = model.vision_model.config.image_size
+    """An iterator of this process's micro-batches after `done` steps, read by workers; some may be empty.
+
+    Step s takes samples s * batch_size and on; micro-batch m of process r the r-th part of the m-th round of them, so
+    that all processes get equally many."""
+    side, size, world = model.vision_model.config.image_size, args.micro_batch_size, dist.get_world_size()
     samples = Samples(conversations, tokenizer, model.image_tokens, model.preprocessing, args.max_length,
                       args.max_images)
     dummy = encode([Turn("", None, ["dummy"])], tokenizer, model.image_tokens)
-    dummy.pixels = [torch.zeros(3, size, size)]
-    sampler = [list(part) for part in micro_batches(len(samples), args, dist.get_world_size(), dist.get_rank(), done)]
-    return torch.utils.data.DataLoader(samples, batch_sampler=sampler, num_workers=args.workers,
-                                       collate_fn=partial(finish_batch, dummy=dummy),
-                                       multiprocessing_context="fork" if args.workers else None)  # shares Packed
+    dummy.pixels = [torch.zeros(3, side, side)]
+    first = done * args.batch_size + dist.get_rank() * size
+    stop = math.ceil(len(samples) / args.batch_size) * args.batch_size
+    sampler = [range(len(samples))[start:start + size] for start in range(first, stop, size * world)]
+    return iter(torch.utils.data.DataLoader(samples, batch_sampler=sampler, num_workers=args.workers,
+                                            collate_fn=partial(finish_batch, dummy=dummy),
+                                            multiprocessing_context="fork" if args.workers else None))  # shares Packed
 
 
 def next_step(loader, accumulation, device):
     """(micro-batches of one step, and over all processes: trained tokens, tokens, rounds left out, broken samples);
     None at the end"""
-    parts = [part for part in (next(loader, None) for _ in range(accumulation)) if part is not None]
+    parts = list(itertools.islice(loader, accumulation))
     if not parts:
         return None
-    batch = [{name: value.to(device) for name, value in part.items()} for part, *_ in parts]
-    broken = [sentence for *_, sentences in parts for sentence in sentences]
-    trained = sum(int((b["labels"] != -100).sum()) for b in batch)
-    counts = torch.tensor([trained, sum(part[1] for part in parts), sum(part[2] for part in parts), len(broken)],
-                          device=device)
-    dist.all_reduce(counts)
-    trained, tokens, left_out, bad = counts.tolist()
-    if bad:  # every process learns of it
-        everywhere = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, broken)
-        broken = sum(everywhere, [])
-    return batch, trained, tokens, left_out, broken
+    micro_batches, *counts, broken = zip(*parts)
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, [*map(sum, counts), sum(broken, [])])
+    *counts, broken = zip(*everywhere)
+    moved = [{name: value.to(device) for name, value in batch.items()} for batch in micro_batches]
+    return moved, *map(sum, counts), sum(broken, [])
 
 
 @torch.no_grad()
@@ -406,7 +377,7 @@ def evaluate(engine, loader, accumulation, device, note):
 def train(args):
     """The whole of it"""
     # what is asked for
-    device, dtype = choose_device(None, args.dtype)
+    (device,), dtype = choose_device(None, args.dtype)
     if device.type == "cpu" and dtype == torch.float16:
         raise InputError("--dtype float16: DeepSpeed has none on a CPU; take bfloat16 or float32")
     # processes
@@ -446,10 +417,11 @@ def train(args):
     now = identity(args, sets, model)
     if folder:
         check_state(folder, run, now)
+    run, begun = argparse.Namespace(**run | {"identity": now}), run["step"]
     together(lambda: clear_out(args.out, folder), everywhere=False)
-    embedding = model.language_model.model.embed_tokens.weight
+    embedding, words = model.language_model.model.embed_tokens.weight, args.embedding_learning_rate
     groups = [{"params": [p for p in model.parameters() if p.requires_grad and p is not embedding]},
-              {"params": [embedding], "lr": args.embedding_learning_rate or args.learning_rate}]
+              {"params": [embedding], "lr": args.learning_rate if words is None else words}]
     trained = sum(size_of(p).numel() for group in groups for p in group["params"])
     if is_main():
         print(f"{sum(size_of(p).numel() for p in model.parameters()):,} parameters, {trained:,} of them trained; "
@@ -469,33 +441,28 @@ def train(args):
         load_state(engine, args.out, run)
 
     # loop
-    step, best, rounds_left_out, broken = run["step"], run["best"], run["rounds_left_out"], run["broken"]
     log = open(args.out / "log.jsonl", "a" if folder else "w") if is_main() else None
     starts = [sum(math.ceil(len(samples) / args.batch_size) for samples in epochs[:n]) for n in range(args.epochs)]
 
-    def save(epoch):
-        save_state(engine, args.out, {"step": step, "epoch": epoch, "best": best, "rounds_left_out": rounds_left_out,
-                                      "broken": broken, "identity": now})
-
     def write(**line):
         if log:
-            print(json.dumps(line), file=log, flush=True)
+            print(json.dumps({"step": run.step, **line}), file=log, flush=True)
 
     def note(sentences):
-        broken.extend(sentences)
+        run.broken += sentences
         for sentence in sentences:
-            write(step=step, broken=sentence)
-        if len(broken) > BROKEN * (len(samples) + len(held_out)):
-            raise InputError(f"{len(broken)} samples of this epoch cannot be used, more than {BROKEN:.0%}: "
-                             f"{'; '.join(broken[:5])}")
+            write(broken=sentence)
+        if len(run.broken) > BROKEN * (len(samples) + len(held_out)):
+            raise InputError(f"{len(run.broken)} samples of this epoch cannot be used, more than {BROKEN:.0%}: "
+                             f"{'; '.join(run.broken[:5])}")
 
-    bar = tqdm(total=total, initial=step, unit="step", disable=not is_main())
-    for epoch, samples in list(enumerate(epochs))[run["epoch"]:]:
-        if step == starts[epoch]:
-            broken.clear()
-        loader = iter(batches(samples, model, tokenizer, args, step - starts[epoch]))
+    bar = tqdm(total=total, initial=run.step, unit="step", disable=not is_main())
+    for run.epoch, samples in list(enumerate(epochs))[run.epoch:]:
+        if run.step == starts[run.epoch]:
+            run.broken = []
+        loader = batches(samples, model, tokenizer, args, run.step - starts[run.epoch])
         began = time.perf_counter()
-        while step < total and (work := next_step(loader, accumulation, device)):
+        while run.step < total and (work := next_step(loader, accumulation, device)):
             parts, count, tokens, left_out, sentences = work
             note(sentences)
             loss = torch.zeros((), device=device)
@@ -507,37 +474,36 @@ def train(args):
                 rate = engine.get_lr()[0]
                 engine.step()
             dist.all_reduce(loss)
-            loss, step, rounds_left_out = loss.item() / max(count, 1), step + 1, rounds_left_out + left_out
-            seconds = time.perf_counter() - began
-            began = time.perf_counter()
-            write(step=step, epoch=epoch + 1, loss=loss, learning_rate=rate, tokens=tokens, trained_tokens=count,
+            loss, seconds, began = loss.item() / max(count, 1), time.perf_counter() - began, time.perf_counter()
+            run.step, run.rounds_left_out = run.step + 1, run.rounds_left_out + left_out
+            write(epoch=run.epoch + 1, loss=loss, learning_rate=rate, tokens=tokens, trained_tokens=count,
                   tokens_per_second=round(tokens / seconds, 1), seconds=round(seconds, 4))
             bar.update()
             bar.set_postfix_str(f"loss {loss:.4f}, learning rate {rate:.2e}, {tokens / seconds:.0f} tokens/s")
-            if step % args.save_every == 0:
-                save(epoch)
-        if step % args.save_every and step != run["step"]:
-            save(epoch)
-        result = evaluate(engine, iter(batches(held_out, model, tokenizer, args)), accumulation, device, note)
+            if run.step % args.save_every == 0:
+                save_state(engine, args.out, run)
+        if run.step % args.save_every and run.step != begun:
+            save_state(engine, args.out, run)
+        result = evaluate(engine, batches(held_out, model, tokenizer, args), accumulation, device, note)
+        name = f"epoch-{run.epoch + 1}"
         if result:
-            eval_loss, exact = result
-            write(step=step, epoch=epoch + 1, eval_loss=eval_loss, eval_exact=exact)
-            bar.write(f"epoch {epoch + 1}: held-out loss {eval_loss:.4f}, exact match {exact:.2%}")
+            write(epoch=run.epoch + 1, eval_loss=result[0], eval_exact=result[1])
+            bar.write(f"epoch {run.epoch + 1}: held-out loss {result[0]:.4f}, exact match {result[1]:.2%}")
         with frugal():
             bases = (args.language_model, args.vision_model) if args.save_trained_only else None
-            engine.module.save_pretrained(args.out / f"epoch-{epoch + 1}", tokenizer.file, bases)
-        if is_main() and not (result and eval_loss >= best):
-            best = eval_loss if result else best
-            link = args.out / ".best.unfinished"
-            link.symlink_to(f"epoch-{epoch + 1}")
-            link.replace(args.out / "best")
-        if step == total:
+            engine.module.save_pretrained(args.out / name, tokenizer.file, bases)
+        if not (result and result[0] >= run.best):
+            run.best = result[0] if result else run.best
+            if is_main():
+                (args.out / ".best.unfinished").symlink_to(name)
+                (args.out / ".best.unfinished").replace(args.out / "best")
+        if run.step == total:
             break
     bar.close()
     if is_main():
         for state in args.out.glob("resume-*"):
             remove(state)
-        print(f"{step} steps; {rounds_left_out} rounds left out (--max_length, --max_images); "
+        print(f"{run.step} steps; {run.rounds_left_out} rounds left out (--max_length, --max_images); "
               f"the model is in {args.out}/best")
     dist.destroy_process_group()
 
