@@ -191,7 +191,8 @@ def save_state(engine, out, run):
                 remove(folder)
     except (OSError, RuntimeError) as error:  # torch says RuntimeError when a disk is full
         shutil.rmtree(work, ignore_errors=True)
-        raise InputError(f"the state of step {run.step} cannot be written to {out}: {error}") from error
+        reason = getattr(error, "strerror", None) or f"{error} (is the disk full?)"
+        raise InputError(f"the state of step {run.step} cannot be written to {out}: {reason}") from error
 
 
 def remove(folder):
@@ -512,21 +513,20 @@ def main():
     """Run; what the user can mend is one sentence on stderr and exit code 2"""
     args = command_line()
     try:
-        try:
-            train(args)
-        except OSError as error:  # a full disk
-            raise InputError(f"{error.filename or args.out}: {error.strerror or error}") from error
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-                raise
-            raise InputError(
-                "out of memory; less is needed with a lower --micro_batch_size (now "
-                f"{args.micro_batch_size}), a lower --max_length (now {args.max_length}), or --gradient_checkpointing "
-                f"(now {'on' if args.gradient_checkpointing else 'off'})") from error
-    except InputError as error:
+        train(args)
+    except (InputError, OSError, RuntimeError) as error:
         if int(os.environ.get("RANK", 0)):
             time.sleep(5)  # what happens to all says process 0, and the launcher stops the others
-        tqdm.write(printable(f"train.py: {error}"), file=sys.stderr)  # on its own line, whatever the bar does
+        reason = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in reason:
+            reason = ("out of memory; less is needed with a lower --micro_batch_size (now "
+                      f"{args.micro_batch_size}), a lower --max_length (now {args.max_length}), or "
+                      f"--gradient_checkpointing (now {'on' if args.gradient_checkpointing else 'off'})")
+        elif isinstance(error, OSError):  # a full disk
+            reason = f"{error.filename or args.out}: {error.strerror or error}"
+        elif isinstance(error, RuntimeError):
+            raise
+        tqdm.write(printable(f"train.py: {reason}"), file=sys.stderr)  # on its own line, whatever the bar does
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(2) if dist.is_initialized() else sys.exit(2)
 

@@ -270,8 +270,9 @@ def test_a_full_disk_and_a_state_that_is_not_of_this_run(folder):
     out = folder / "out"
     assert "the state of step 3 cannot be written to " in run(folder, *flags, disk=200_000, fails=True)
     assert sorted(path.name for path in out.iterdir()) == ["log.jsonl"]
-    message = run(folder, *flags, "--overwrite", disk=2_000_000, fails=True)
-    assert message == f"train.py: {out.resolve()}/epoch-1 cannot be written: File too large"
+    for two in (True, False):
+        message = run(folder, *flags, "--overwrite", two=two, disk=2_000_000, fails=True)
+        assert message == f"train.py: {out.resolve()}/epoch-1 cannot be written: File too large"
     assert sorted(path.name for path in out.iterdir()) == ["log.jsonl", "resume-3"], "nothing half-written"
 
     resume = [*flags, "--resume"]
