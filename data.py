@@ -9,11 +9,7 @@ picture is opened (vision.py), what the model does with the batch (model.py).
 Shapes: B batch, T tokens, N images in the batch, P tokens of an image, S pixels a side.
 """
 import argparse
-import collections
-import contextlib
-import functools
 import io
-import itertools
 import json
 import os
 import pickle
@@ -22,8 +18,11 @@ import re
 import statistics
 import sys
 from array import array
+from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
+from itertools import chain, cycle, groupby
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +39,10 @@ SYSTEM = "You are a powerful vision-language assistant."
 
 @dataclass
 class Turn:
-    """One round: the pictures shown before the question, the question, its answer (None: still to come).
-
-    A picture is a path, or (file, offset, length) for one inside a JSON file; a conversation is a list of Turn."""
+    """One round; a conversation is a list of them. A picture is a path, or (file, offset, length) in a JSON file."""
     question: str
-    answer: str | None
-    images: list = field(default_factory=list)
+    answer: str | None                          # None: still to come
+    images: list = field(default_factory=list)  # shown before the question
 
 
 # ---- tokens --------------------------------------------------------------------------------------------------------
@@ -77,29 +74,24 @@ class Tokenizer:
     @classmethod
     def train(cls, conversations, size, file):
         """Learn a vocabulary of at most `size` pieces, in LLaMA-2's style, from conversations, and write it to file."""
-        text = {heading for n in range(1, 9) for heading in _headings(n)} | {SYSTEM}
+        text = {SYSTEM, "\n\n### Question:", "\n### Question:", "\n### Answer:"}
+        text |= {f"{lines}### Image {n}:" for n in range(1, 9) for lines in ("\n\n", "\n")}
         text |= {_quote(t) for turns in conversations for turn in turns for t in (turn.question, turn.answer) if t}
         model = io.BytesIO()
-
-        def learn(size):
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(sorted(text)), model_writer=model, vocab_size=size, model_type="bpe",
-                byte_fallback=True, split_digits=True, normalization_rule_name="identity",
-                remove_extra_whitespaces=False, max_sentence_length=100_000, input_sentence_size=500_000, minloglevel=2)
+        learn = partial(sentencepiece.SentencePieceTrainer.train, model_writer=model, model_type="bpe",
+                        byte_fallback=True, split_digits=True, normalization_rule_name="identity",
+                        remove_extra_whitespaces=False, max_sentence_length=100_000, input_sentence_size=500_000,
+                        minloglevel=2)
         try:
-            learn(size)
+            learn(sentence_iterator=iter(sorted(text)), vocab_size=size)
         except RuntimeError as error:  # what it says when the text holds too little for the size asked for
             fits = re.search(r"smaller value than (\d+)|<= (\d+)", str(error))
             if not fits:
                 reason = str(error).splitlines()[-1]
                 raise InputError(f"no tokenizer can be learned from this data: {reason}") from error
-            learn(int(fits[1] or fits[2]))
+            learn(sentence_iterator=iter(sorted(text)), vocab_size=int(fits[1] or fits[2]))
         Path(file).write_bytes(model.getvalue())
         return cls(file)
-
-
-def _headings(number):
-    return f"\n\n### Image {number}:", f"\n### Image {number}:", "\n\n### Question:", "\n### Question:", "\n### Answer:"
 
 
 def _quote(text):
@@ -107,21 +99,18 @@ def _quote(text):
     return re.sub("^###", " ###", text, flags=re.MULTILINE)
 
 
-@functools.cache
-def _heading(text, tokenizer):
-    return tokenizer.encode(text)
+_fixed = cache(Tokenizer.encode)  # for the pieces of the template, which come again and again
 
 
 @dataclass
 class Example:
-    """One encoded conversation: input_ids, labels, modality (T), the pictures in order and, once they are read, their
-    pixels. left_out: the rounds at its end that did not fit."""
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    modality: torch.Tensor
-    images: list
-    left_out: int = 0
-    pixels: list = field(default_factory=list)
+    """One encoded conversation."""
+    input_ids: torch.Tensor                     # (T)
+    labels: torch.Tensor                        # (T)
+    modality: torch.Tensor                      # (T)
+    images: list                                # its pictures in order
+    left_out: int = 0                           # the rounds at its end that did not fit
+    pixels: list = field(default_factory=list)  # (3, S, S) of each picture, once they are read
 
 
 def encode(conversation, tokenizer, image_tokens, shown=None, max_length=None, max_images=None):
@@ -129,40 +118,37 @@ def encode(conversation, tokenizer, image_tokens, shown=None, max_length=None, m
 
         <s> system | "### Image 1:" | P image positions | "### Question:" | question | "### Answer:" | answer </s>
 
-    Every piece is tokenized by itself and never joined with another as text, so that nothing written in a question can
-    become markup. labels[t] is input_ids[t] in answers and their `</s>`, -100 elsewhere; input_ids is 0 at images.
-    A last answer of None leaves the round open. shown: None begins a conversation; a number continues one in which so
-    many pictures have been shown. Rounds from the first that would pass max_length tokens or max_images pictures on
-    are left out whole and counted."""
-    ids, labels, modality, images, number = [], [], [], [], shown or 0
+    Every piece is tokenized by itself, so that nothing written in a question can become markup. labels[t] is
+    input_ids[t] in answers and their `</s>`, -100 elsewhere; input_ids is 0 at images. A last answer of None leaves the
+    round open. shown: None begins a conversation, a number continues one in which so many pictures have been shown.
+    Rounds from the first that would pass max_length tokens or max_images pictures on are left out whole and counted."""
+    ids, labels, modality, images, number, left_out = [], [], [], [], shown or 0, len(conversation)
 
-    def add(piece, trained=False, kind=TEXT):
+    def add(piece, kind=TEXT, trained=False):
         ids.extend(piece)
         labels.extend(piece if trained else [-100] * len(piece))
         modality.extend([kind] * len(piece))
 
     if shown is None:
-        add([tokenizer.bos] + _heading(SYSTEM, tokenizer))
-    for done, turn in enumerate(conversation):
+        add([tokenizer.bos] + _fixed(tokenizer, SYSTEM))
+    for turn in conversation:
         start, lines = len(ids), "\n\n"
-        for _ in turn.images:
-            number += 1
-            add(_heading(f"{lines}### Image {number}:", tokenizer))
-            add([0] * image_tokens, kind=IMAGE)
+        for number, _ in enumerate(turn.images, number + 1):
+            add(_fixed(tokenizer, f"{lines}### Image {number}:"))
+            add([0] * image_tokens, IMAGE)
             lines = "\n"
-        add(_heading(f"{lines}### Question:", tokenizer))
+        add(_fixed(tokenizer, f"{lines}### Question:"))
         add(tokenizer.encode(_quote(turn.question)))
-        add(_heading("\n### Answer:", tokenizer))
+        add(_fixed(tokenizer, "\n### Answer:"))
         if turn.answer is not None:
             add(tokenizer.encode(_quote(turn.answer)) + [tokenizer.eos], trained=True)
         if max_length and len(ids) > max_length or max_images and len(images) + len(turn.images) > max_images:
             del ids[start:], labels[start:], modality[start:]
             break
         images += turn.images
-    else:
-        done = len(conversation)
+        left_out -= 1
     tensors = (torch.from_numpy(np.array(part, np.int64)) for part in (ids, labels, modality))  # (T), (T), (T)
-    return Example(*tensors, images, len(conversation) - done)  # torch.tensor would take longer than all the rest
+    return Example(*tensors, images, left_out)  # torch.tensor would take longer than all the rest
 
 
 # ---- data sets -----------------------------------------------------------------------------------------------------
@@ -185,9 +171,13 @@ def _one_of(conversations, rng):
     return rng.choice(conversations)
 
 
+def _shown_first(pictures, turns):
+    """The turns, with all of the pictures in the first and none in the others"""
+    return [replace(turn, images=[] if n else pictures) for n, turn in enumerate(turns)]
+
+
 def _shuffled(rounds, pictures, rng):
-    first, *others = rng.sample(rounds, len(rounds))
-    return [replace(first, images=pictures), *others]
+    return _shown_first(pictures, rng.sample(rounds, len(rounds)))
 
 
 def _wrong(value, shape):
@@ -199,9 +189,8 @@ def _wrong(value, shape):
     if isinstance(shape, list):
         parts = ((i, item, shape[0]) for i, item in enumerate(value))
     elif isinstance(shape, dict):
-        for name in shape:
-            if name is not ... and name[-1] != "?" and name not in value:
-                return f" has no {name!r}"
+        if missing := [name for name in shape if name is not ... and name[-1] != "?" and name not in value]:
+            return f" has no {missing[0]!r}"
         rest = shape.get(..., object)
         parts = ((name, item, shape.get(name, shape.get(f"{name}?", rest))) for name, item in value.items())
     return next((f"[{name!r}]{wrong}" for name, item, inner in parts if (wrong := _wrong(item, inner))), None)
@@ -224,33 +213,33 @@ def _pictures(folder, source):
     return str(folder)
 
 
-@functools.cache
+@cache
 def _listing(folder):
     return set(os.listdir(folder)) if os.path.isdir(folder) else set()
 
 
-def _clean(text):
+def _clean(text, marker="<image>"):
     """A question without picture markers, its white space single blanks"""
-    return " ".join(text.replace("<image>", "").split())
+    return " ".join(text.replace(marker, "").split())
 
 
-def _llava(folder, name):
-    """One of LLaVA's files -> for each record its picture and its rounds."""
-    file, pictures = folder / "llava" / name, _pictures(folder / "coco/train2017", COCO)
+def _llava(folder, *names):
+    """LLaVA's files -> for each of their records its picture and its rounds."""
+    pictures = _pictures(folder / "coco/train2017", COCO)
     shape = [{"image": str, "conversations": [{"from": str, "value": str}]}]
-    for index, record in enumerate(_read(file, LLAVA, shape)):
-        said, picture = record["conversations"], f"{pictures}/{record['image']}"
-        if any(message["from"] != ("human", "gpt")[n % 2] for n, message in enumerate(said)):
-            raise InputError(f"{file}[{index}]: human and gpt should take turns")
-        yield picture, [Turn(_clean(q["value"]), a["value"], [picture] if "<image>" in q["value"] else [])
-                        for q, a in zip(said[::2], said[1::2])]
+    for file in (folder / "llava" / name for name in names):
+        for index, record in enumerate(_read(file, LLAVA, shape)):
+            said, picture = record["conversations"], f"{pictures}/{record['image']}"
+            if any(message["from"] != ("human", "gpt")[n % 2] for n, message in enumerate(said)):
+                raise InputError(f"{file}[{index}]: human and gpt should take turns")
+            yield picture, [Turn(_clean(q["value"]), a["value"], [picture] if "<image>" in q["value"] else [])
+                            for q, a in zip(said[::2], said[1::2])]
 
 
 def llava(folder, out):
     """LLaVA's detailed descriptions and complex reasoning: one picture, one round."""
-    for name in ("detail_23k.json", "complex_reasoning_77k.json"):
-        for _, rounds in _llava(folder, name):
-            yield partial(_one_of, [rounds[:1]])
+    for _, rounds in _llava(folder, "detail_23k.json", "complex_reasoning_77k.json"):
+        yield partial(_one_of, [rounds[:1]])
 
 
 def llava_dial(folder, out):
@@ -259,16 +248,13 @@ def llava_dial(folder, out):
         yield partial(_one_of, [rounds])
 
 
-def _described(picture, captions):
-    return partial(_one_of, [[Turn(request, caption, [picture])] for request in DESCRIBE for caption in captions])
-
-
 def minigpt4(folder, out):
     """MiniGPT-4's second stage: one picture and its description, asked for in changing words."""
     pictures = _pictures(folder / "cc_sbu_align/image", MINIGPT4)
     shape = {"annotations": [{"image_id": str, "caption": str}]}
     for record in _read(folder / "cc_sbu_align/filter_cap.json", MINIGPT4, shape)["annotations"]:
-        yield _described(f"{pictures}/{record['image_id']}.jpg", [record["caption"]])
+        picture = f"{pictures}/{record['image_id']}.jpg"
+        yield partial(_one_of, [[Turn(request, record["caption"], [picture])] for request in DESCRIBE])
 
 
 def coco_caption(folder, out):
@@ -278,7 +264,8 @@ def coco_caption(folder, out):
     source = "cs.stanford.edu/people/karpathy/deepimagesent (caption_datasets.zip: dataset_coco.json)"
     for record in _read(folder / "coco_caption/dataset.json", source, shape)["images"]:
         captions, name = [sentence["raw"] for sentence in record["sentences"]], record["filename"]
-        yield _described(f"{pictures}/{name}", captions) if captions else f"{name}: no caption"
+        choices = [[Turn(request, c, [f"{pictures}/{name}"])] for request in DESCRIBE for c in captions]
+        yield partial(_one_of, choices) if choices else f"{name}: no caption"
 
 
 def aokvqa(folder, out):
@@ -303,54 +290,57 @@ def ocr_vqa(folder, out):
         name = key + os.path.splitext(record["imageURL"])[1]
         size, picture = (0, 0), f"{pictures}/{name}"
         if name in _listing(pictures) and os.path.getsize(picture) < 10_000:  # a larger file is no placeholder
-            with contextlib.suppress(InputError):  # a broken one is replaced when its turn comes
+            with suppress(InputError):  # a broken one is replaced when its turn comes
                 size = load_image(picture).size
         rounds = [[Turn(q, a, [picture])] for q, a in zip(record["questions"], record["answers"])]
-        if min(size) == 1 or not rounds:
-            yield f"{key}: picture of {size[0]} x {size[1]} pixels" if rounds else f"{key}: no question"
-        else:
-            yield partial(_one_of, rounds)
+        wrong = {"no question": not rounds, f"picture of {size[0]} x {size[1]} pixels": min(size) == 1}
+        why = next((reason for reason, holds in wrong.items() if holds), None)
+        yield f"{key}: {why}" if why else partial(_one_of, rounds)
 
 
-def _groups(folder, name, choose):
-    """One of MIMIC-IT's instruction files -> (rounds, pictures) of each group of related instructions, or "id: why".
+def _groups(folder, name, choose, draw):
+    """One of MIMIC-IT's instruction files -> for each group of related instructions a draft, or "id: why".
 
     An instruction that is still unused leads a group; those that it names and that are still unused join it. choose:
-    the leader's image_ids -> pictures, or a text that says why it is left out; then its relatives stay unused."""
+    the leader's image_ids -> what draw takes between the rounds and rng, the pictures first, or a text that says why
+    the leader is left out; then its relatives stay unused."""
     shape = {"data": {...: {"instruction": str, "answer": str, "image_ids": [str], "rel_ins_ids": [str]}}}
     data, used = _read(folder / f"MIMIC-IT/{name}_instructions.json", MIMICIT, shape)["data"], set()
     for leader, record in data.items():
         if leader in used:
             continue
         used.add(leader)
-        pictures = choose(record["image_ids"])
-        if isinstance(pictures, str):
-            yield f"{leader}: {pictures}"
+        chosen = choose(record["image_ids"])
+        if isinstance(chosen, str):
+            yield f"{leader}: {chosen}"
             continue
         members = [m for m in dict.fromkeys(record["rel_ins_ids"]) if m in data and m not in used]
         used.update(members)
-        yield [Turn(_clean(data[m]["instruction"]), data[m]["answer"]) for m in [leader, *members]], pictures
+        rounds = [Turn(_clean(data[m]["instruction"]), data[m]["answer"]) for m in [leader, *members]]
+        yield partial(draw, rounds, *chosen)
+
+
+def otter_mimicit_cgd(folder, out):
+    """MIMIC-IT's CGD: pairs of COCO's pictures, rounds about them in any order."""
+    coco = _pictures(folder / "coco/train2017", COCO)
+
+    def choose(ids):
+        return [[f"{coco}/{i.removeprefix('CGD_IMG_')}.jpg" for i in ids]]
+    yield from _groups(folder, "CGD", choose, _shuffled)
 
 
 def _mimicit(name, folder, out):
-    """One of MIMIC-IT's sets: pairs or sequences of pictures, rounds about them in any order. CGD's are COCO's; those
-    of SD (two photographs of a scene), SN (rooms), TVC (films) and VST (stories) lie inside a JSON file."""
-    if name == "CGD":
-        coco = _pictures(folder / "coco/train2017", COCO)
-    else:
-        file = folder / f"MIMIC-IT/{name}.json"
-        index = _picture_index(file, out)
+    """MIMIC-IT's other sets, whose pictures lie inside a JSON file: those of SD (two photographs of a scene), SN
+    (rooms), TVC (films) and VST (stories); rounds about them in any order."""
+    file = folder / f"MIMIC-IT/{name}.json"
+    index = _picture_index(file, out)
 
     def choose(ids):
-        if name == "CGD":
-            return [f"{coco}/{i.removeprefix('CGD_IMG_')}.jpg" for i in ids]
         found = [(str(file), *index[i]) for i in ids if i in index]
         if not found:
             return "none of its pictures is in the picture file"
-        return f"{len(found)} pictures" if name != "SD" and len(found) > MAX_IMAGES else found
-
-    for group in _groups(folder, name, choose):
-        yield group if isinstance(group, str) else partial(_shuffled, *group)
+        return f"{len(found)} pictures" if name != "SD" and len(found) > MAX_IMAGES else [found]
+    yield from _groups(folder, name, choose, _shuffled)
 
 
 def _picture_index(file, out):
@@ -360,16 +350,14 @@ def _picture_index(file, out):
         raise InputError(f"{file} is missing: {MIMICIT} has it")
     version = [file.stat().st_size, file.stat().st_mtime_ns]
     places = [file.with_name(f"{file.name}.index"), out / f"{file.name}.index"]
-    for place in filter(Path.exists, places):
-        kept = read_json(place)
+    for kept in map(read_json, filter(Path.exists, places)):
         if kept.get("version") == version:
             return kept["pictures"]
     quotes, pictures, end = array("Q"), {}, 0  # the positions of all quotation marks: base64 holds none, nor do ids
     with open(file, "rb") as source, tqdm(desc=f"index of {file}", total=version[0], unit="B", unit_scale=True,
                                           delay=1) as bar:
         while block := source.read(1 << 24):
-            found = np.flatnonzero(np.frombuffer(block, np.uint8) == ord('"')) + bar.n
-            quotes.frombytes(found.astype(np.uint64).tobytes())
+            quotes.extend(np.flatnonzero(np.frombuffer(block, np.uint8) == ord('"')) + source.tell() - len(block))
             bar.update(len(block))
         for start, stop in zip(quotes[2::4], quotes[3::4]):
             source.seek(end)
@@ -379,7 +367,8 @@ def _picture_index(file, out):
             pictures[json.loads(before[1])] = [start + 1, stop - start - 1]
             end = stop + 1
         source.seek(end)
-        if len(quotes) % 4 or source.read(9999).strip() not in (b"}", b"{}"):
+        rest = source.read(9999).split()
+        if len(quotes) % 4 or rest not in ([b"}"], [b"{}"], [b"{", b"}"]) or source.read(1):
             raise InputError(f"{file} breaks off or goes wrong behind byte {end}: was it downloaded whole?")
     for place in places:
         unfinished = place.with_name(f".{place.name}.{os.getpid()}")
@@ -390,7 +379,7 @@ def _picture_index(file, out):
             return pictures
         except OSError as error:
             failed = error
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 unfinished.unlink()
     raise InputError(f"the index of {file} cannot be written, beside it or in {out}: {failed}") from failed
 
@@ -399,14 +388,14 @@ STYLES = [[f"image {c}" for c in "abcdefgh"], [f"image {c}" for c in "ABCDEFGH"]
           [f"the {n} image" for n in "first second third fourth fifth sixth seventh eighth".split()]]
 
 
-def _sparkles(rounds, style):
-    """rounds: (user's text, assistant's text, ids, pictures); a picture that has been shown is called by its name."""
-    shown, names, conversation = 0, {}, []
+def _sparkles(rounds, rng):
+    """rounds: (user's text, assistant's text, ids, pictures). A picture is called by its name in one of the styles."""
+    unused, names, conversation = iter(rng.choice(STYLES)), {}, []
     for user, assistant, ids, pictures in rounds:
-        for shown, i in enumerate(ids, shown + 1):
-            names.setdefault(i, style[shown - 1])
+        for i in ids:
+            names.setdefault(i, next(unused))
         known, texts = "|".join(map(re.escape, names)), []
-        for text in (" ".join(user.replace("<Img><ImageHere></Img>", "").split()), assistant):
+        for text in (_clean(user, "<Img><ImageHere></Img>"), assistant):
             text = re.sub(rf"IMAGE#({known})(?!\w)", lambda m: names.get(m[1], m[0]), text, flags=re.ASCII)
             texts.append(re.sub(r"(^|[.?!][ \n])(\w)", lambda m: m[1] + m[2].upper(), text))
         conversation.append(Turn(*texts, pictures))
@@ -419,42 +408,32 @@ def sparkles_dialogue(folder, out):
     for source in ("SparklesDialogueCC", "SparklesDialogueVG"):
         pictures = _pictures(folder / source / "images", SPARKLES)
         for index, record in enumerate(_read(folder / source / f"annotations/{source}.json", SPARKLES, shape)):
-            said, place = record["dialogue"], f"{source}[{index}]"
+            said = record["dialogue"]
+            texts, roles = [message["content"] for message in said], [message["role"] for message in said]
             ids = [[str(image["image_id"]) for image in message.get("images", [])] for message in said]
             paths = [[f"{pictures}/{i}.jpg" for i in part] for part in ids]
-            shown = [os.path.basename(path) for part in paths for path in part]
-            if len(said) % 2:
-                yield f"{place}: odd number of messages"
-            elif any(message["role"] != ("user", "assistant")[n % 2] for n, message in enumerate(said)):
-                yield f"{place}: roles do not alternate, user first"
-            elif not _listing(pictures).issuperset(shown):
-                yield f"{place}: a picture file is missing"
-            elif len(shown) > MAX_IMAGES:
-                yield f"{place}: {len(shown)} pictures"
-            else:
-                texts = [message["content"] for message in said]
-                rounds = list(zip(texts[::2], texts[1::2], ids[::2], paths[::2]))
-                yield partial(_one_of, [_sparkles(rounds, style) for style in STYLES])
+            shown = [os.path.basename(path) for path in chain(*paths)]
+            wrong = {"odd number of messages": len(said) % 2,
+                     "roles do not alternate, user first": roles != ["user", "assistant"] * (len(said) // 2),
+                     "a picture file is missing": not _listing(pictures).issuperset(shown),
+                     f"{len(shown)} pictures": len(shown) > MAX_IMAGES}
+            why = next((reason for reason, holds in wrong.items() if holds), None)
+            rounds = list(zip(texts[::2], texts[1::2], ids[::2], paths[::2]))
+            yield f"{source}[{index}]: {why}" if why else partial(_sparkles, rounds)
 
 
 def llava_otter_blend(folder, out):
     """CGD's pairs, each after what LLaVA says about its pictures; a pair needs it for all pictures but the last."""
-    about, coco = collections.defaultdict(list), _pictures(folder / "coco/train2017", COCO)
-    for name in ("detail_23k.json", "complex_reasoning_77k.json", "conversation_58k.json"):
-        for picture, rounds in _llava(folder, name):
-            if rounds:
-                about[picture].append(rounds)
+    about, coco = defaultdict(list), _pictures(folder / "coco/train2017", COCO)
+    for picture, rounds in _llava(folder, "detail_23k.json", "complex_reasoning_77k.json", "conversation_58k.json"):
+        if rounds:
+            about[picture].append(rounds)
 
     def choose(ids):
         pictures = [f"{coco}/{i.removeprefix('CGD_IMG_')}.jpg" for i in ids]
-        known = all(picture in about for picture in pictures[:-1])
-        return pictures if known else "a picture before the last one has no LLaVA conversation"
-
-    for group in _groups(folder, "CGD", choose):
-        if isinstance(group, str):
-            yield group
-        else:
-            yield partial(blend_llava_otter, *group, [about.get(picture, []) for picture in group[1]])
+        said = [about.get(picture, []) for picture in pictures]
+        return (pictures, said) if all(said[:-1]) else "a picture before the last one has no LLaVA conversation"
+    yield from _groups(folder, "CGD", choose, blend_llava_otter)
 
 
 def own(file, folder, out):
@@ -467,8 +446,8 @@ def own(file, folder, out):
 
 
 DATASETS = {
-    "llava": llava, "llava_dial": llava_dial,
-    **{f"otter_mimicit_{name.lower()}": partial(_mimicit, name) for name in ("CGD", "SD", "SN", "TVC", "VST")},
+    "llava": llava, "llava_dial": llava_dial, "otter_mimicit_cgd": otter_mimicit_cgd,
+    **{f"otter_mimicit_{name.lower()}": partial(_mimicit, name) for name in ("SD", "SN", "TVC", "VST")},
     "llava_otter_blend": llava_otter_blend, "sparkles_dialogue": sparkles_dialogue,  # the nine of the post
     "minigpt4": minigpt4, "coco_caption": coco_caption, "ocr_vqa": ocr_vqa, "aokvqa": aokvqa}
 CONCATENATE = {"llava": 3, "llava_dial": 2}  # the factors of the original's script
@@ -477,13 +456,12 @@ CONCATENATE = {"llava": 3, "llava_dial": 2}  # the factors of the original's scr
 # ---- from data sets to samples -------------------------------------------------------------------------------------
 
 def concatenate(conversations, factor, rng):
-    """Simple concatenation (the post, 4.1): shuffle, and join groups of 1 to `factor`, their sizes drawn uniformly.
-
-    Every conversation is used once. rng: a random.Random. Returns conversations; `encode` numbers their pictures."""
+    """Simple concatenation (the post, 4.1): shuffle, and join groups of 1 to `factor`, their sizes drawn uniformly by
+    rng, a random.Random. Every conversation is used once. Returns conversations; `encode` numbers their pictures."""
     order, groups, start = rng.sample(conversations, len(conversations)), [], 0
     while start < len(order):
         stop = start + rng.randint(1, factor)
-        groups.append([turn for conversation in order[start:stop] for turn in conversation])
+        groups.append(list(chain(*order[start:stop])))
         start = stop
     return groups
 
@@ -498,11 +476,9 @@ def blend_llava_otter(rounds, pictures, about, rng):
     for n, (picture, conversations) in enumerate(zip(pictures, about), 1):
         chosen = rng.sample(conversations, rng.randint(n < len(pictures), len(conversations)))
         if chosen:
-            first, *others = [replace(turn, images=[]) for conversation in chosen for turn in conversation]
-            blended += [replace(first, images=[picture]), *others]
+            blended += _shown_first([picture], chain(*chosen))
             unseen.remove(picture)
-    chosen = rng.sample(rounds, rng.randint(1, len(rounds)))
-    return blended + [replace(chosen[0], images=unseen), *chosen[1:]]
+    return blended + _shown_first(unseen, rng.sample(rounds, rng.randint(1, len(rounds))))
 
 
 class Packed:
@@ -525,29 +501,26 @@ class Packed:
 
 @dataclass
 class DataSet:
-    """A data set as it is used: its drafts, the factor of concatenation, what the reader left out and why, and missing:
-    index of a draft -> its first picture that lies in no folder."""
+    """A data set as it is used."""
     name: str
     drafts: Packed
-    factor: int
-    left_out: list
-    missing: dict
+    factor: int     # of concatenation
+    left_out: list  # by the reader: "id: why"
+    missing: dict   # index of a draft -> its first picture that lies in no folder
 
 
 def read_datasets(args):
-    """What --datasets, --samples and --concatenate ask for -> list of DataSet, or InputError.
-
-    Missing pictures are found by listing folders; none is opened."""
+    """What --datasets, --samples and --concatenate ask for -> list of DataSet, or InputError. Missing pictures are
+    found by listing folders; none is opened."""
     names = args.datasets
-    for name in names:
-        if name not in DATASETS and not name.endswith(".json"):
-            raise InputError(f"data set {name!r} is not known; the known ones are {', '.join(DATASETS)}, and your own "
-                             "as path/to/conversations.json")
+    if unknown := [name for name in names if name not in DATASETS and not name.endswith(".json")]:
+        raise InputError(f"data set {unknown[0]!r} is not known; the known ones are {', '.join(DATASETS)}, "
+                         "and your own as path/to/conversations.json")
     factors, amounts, sets = args.concatenate or [CONCATENATE.get(name, 1) for name in names], args.samples, []
     for flag, values in (("--concatenate", factors), ("--samples", amounts)):
         if len(values) not in (1, len(names)):
             raise InputError(f"{flag} has {len(values)} values for {len(names)} data sets; give one, or one for each")
-    for name, factor, amount in zip(names, itertools.cycle(factors), itertools.cycle(amounts)):
+    for name, factor, amount in zip(names, cycle(factors), cycle(amounts)):
         found = list(DATASETS.get(name, partial(own, name))(args.data_path, args.out))
         left_out = [text for text in found if isinstance(text, str)]
         drafts = [draft for draft in found if not isinstance(draft, str)]
@@ -579,8 +552,8 @@ class Epoch:
         groups = [group for n, (data, part) in enumerate(zip(sets, parts))
                   for group in concatenate([[(n, i)] for i in part], data.factor, rng)]
         rng.shuffle(groups)
-        self.missing = [path for path in (next((sets[n].missing[i] for n, i in group if i in sets[n].missing), None)
-                                          for group in groups) if path]
+        missing = ([sets[n].missing[i] for n, i in group if i in sets[n].missing] for group in groups)
+        self.missing = [paths[0] for paths in missing if paths]
         self.groups = Packed(groups)
 
     def __len__(self):
@@ -594,10 +567,9 @@ class Epoch:
 # ---- batches -------------------------------------------------------------------------------------------------------
 
 class Samples(torch.utils.data.Dataset):
-    """Conversations -> (Example with its pixels, rounds left out, None), in a DataLoader's workers.
-
-    The Example is None where no answer fits into max_length and max_images. A sample with a picture that cannot be read
-    is replaced by the next one, and the third is the sentence that says why."""
+    """Conversations -> (Example with its pixels, rounds left out, None), in a DataLoader's workers. The Example is None
+    where no answer fits into max_length and max_images. A sample with a picture that cannot be read is replaced by the
+    next one, and the third is the sentence that says why."""
 
     def __init__(self, conversations, tokenizer, image_tokens, preprocessing, max_length, max_images):
         self.conversations, self.tokenizer, self.preprocessing = conversations, tokenizer, preprocessing
@@ -623,24 +595,16 @@ class Samples(torch.utils.data.Dataset):
 
 
 def collate(examples):
-    """Examples with pixels -> one batch, padded at the right.
-
-    input_ids, labels, modality (B, T); pixels (U, 3, S, S) of the distinct pictures and image_index (N), which of them
-    stands at each place, so that a picture that occurs twice is encoded once."""
-    length = max(len(example.input_ids) for example in examples)
-
+    """Examples with pixels -> one batch, padded at the right: input_ids, labels, modality (B, T), pixels (U, 3, S, S)
+    of the distinct pictures, so that one that occurs twice is encoded once, and image_index (N), which stands where."""
     def pad(name, filler):
-        rows = torch.full((len(examples), length), filler)                                   # (B, T)
-        for row, example in zip(rows, examples):
-            row[:len(example.input_ids)] = getattr(example, name)
-        return rows
+        rows = [getattr(example, name) for example in examples]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filler)         # (B, T)
 
-    distinct = {}
-    for example in examples:
-        distinct.update(zip(example.images, example.pixels))
-    index = {image: i for i, image in enumerate(distinct)}
+    pixels = dict(chain.from_iterable(zip(example.images, example.pixels) for example in examples))
+    index = {image: i for i, image in enumerate(pixels)}
     return {"input_ids": pad("input_ids", 0), "labels": pad("labels", -100), "modality": pad("modality", PAD),
-            "pixels": torch.stack(list(distinct.values())) if distinct else torch.empty(0),      # (U, 3, S, S)
+            "pixels": torch.stack(list(pixels.values())) if pixels else torch.empty(0),              # (U, 3, S, S)
             "image_index": torch.tensor([index[i] for e in examples for i in e.images], dtype=torch.long)}  # (N)
 
 
@@ -682,7 +646,7 @@ def render(example, tokenizer, colour=True):
     """What the model sees as text: trained tokens coloured (or in brackets), pictures as <image 2: 256 tokens>"""
     special, text, number = {tokenizer.bos: "<s>", tokenizer.eos: "</s>"}, "", 0
     rows = zip(example.modality.tolist(), (example.labels != -100).tolist(), example.input_ids.tolist())
-    for (kind, trained, name), run in itertools.groupby(rows, key=lambda row: (*row[:2], special.get(row[2]))):
+    for (kind, trained, name), run in groupby(rows, key=lambda row: (*row[:2], special.get(row[2]))):
         ids = [row[2] for row in run]
         number += kind == IMAGE  # the heading of the next picture stands between two of them
         said = f"<image {number}: {len(ids)} tokens>" if kind == IMAGE else name or printable(tokenizer.decode(ids))
@@ -723,23 +687,24 @@ def show(args):
     print(f"{'':22}conversations   samples    rounds  pictures  tokens of a sample: median, most")
     for data in sets:
         samples = Epoch([data], [range(len(data.drafts))], args.seed, 0)
-        rounds, pictures, left_out, lengths = 0, 0, 0, []
+        total, lengths = Counter(), []
         for conversation in tqdm(samples, desc=data.name, delay=1, leave=False):
             example = tokenize(conversation)
-            rounds, left_out = rounds + len(conversation), left_out + example.left_out
-            pictures += sum(len(turn.images) for turn in conversation)
+            pictures = sum(len(turn.images) for turn in conversation)
+            total.update(rounds=len(conversation), pictures=pictures, left_out=example.left_out)
             lengths.append(len(example.input_ids))
-        print(f"{data.name:22}{len(data.drafts):13,}{len(samples):10,}{rounds:10,}{pictures:10,}"
+        print(f"{data.name:22}{len(data.drafts):13,}{len(samples):10,}{total['rounds']:10,}{total['pictures']:10,}"
               f"{statistics.median(lengths or [0]):10,.0f}{max(lengths, default=0):8,}")
-        reasons = collections.defaultdict(list)
+        reasons = defaultdict(list)
         for text in data.left_out:
             record, _, why = text.rpartition(": ")
             reasons[f"left out, {why}"].append(record)
-        reasons["lacks a picture"] = list(data.missing.values())
-        reasons["rounds left out by --max_length or --max_images"] = [str(left_out)] * left_out
+        reasons["lacks a picture"] += data.missing.values()
         for why, which in reasons.items():
             if which:
                 print(printable(f"    {len(which):,} {why}: {', '.join(which[:3])}{', ...' if which[3:] else ''}"))
+        if total["left_out"]:
+            print(f"    {total['left_out']:,} rounds left out by --max_length or --max_images")
 
 
 def main():
