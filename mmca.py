@@ -124,7 +124,7 @@ def pattern(query_modality, key_modality, kind="mmca"):
     """Index lists and masks for `attend`. query_modality (B, Tq), the last Tq of key_modality (B, Tk) -> Pattern."""
     _check(query_modality, key_modality, kind)
     if kind == "causal":
-        key_modality = key_modality.clamp(max=TEXT)
+        key_modality = key_modality.clamp(max=TEXT)  # a picture's tokens are text too
     (B, Tq), Tk = query_modality.shape, key_modality.shape[1]
     new = slice(Tk - Tq, Tk)
     keys, images = (_rows(key_modality, m) for m in (TEXT, IMAGE))
@@ -144,8 +144,8 @@ def _spans(seen, shortest=32):
     """Cut the text queries where the number of pictures before them grows, so that most spans need no mask.
 
     seen (B, n): the number of image keys before each text query, rising. A batch whose rows grow at different places
-    would fall into many small spans: those are joined up to `shortest` queries and get a mask. In it a
-    query that sees nothing sees everything (else some kernel gives NaN); `image_term` makes its result zero."""
+    would fall into many small spans: those are joined up to `shortest` queries and get a mask. In it a query that sees
+    nothing sees everything (else some kernel gives NaN); `image_term` makes its result zero."""
     if not seen.numel():
         return []
     most, least = seen.amax(0), seen.amin(0)                                                 # (n), (n)

@@ -764,7 +764,7 @@ def write_json(path, content):
     Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-# ---- the command line ----------------------------------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------------------------
 
 LANGUAGE = {"7b": LlamaConfig(4096, 11008, 32, 32, 32, 128, 32000),
             "13b": LlamaConfig(5120, 13824, 40, 40, 40, 128, 32000),

@@ -65,7 +65,7 @@ def command_line():
         "the backward pass: less memory, more time")
     add("--deepspeed_config", type=Path, metavar="JSON", help="DeepSpeed settings, merged over the built-in ones")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="number format (default: float32 on a CPU, else "
-        "bfloat16 where there is it)")
+        "bfloat16 if it has it)")
     add("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it
     return parser.parse_args()
 
@@ -158,9 +158,9 @@ def identity(args, sets, model):
         same["--deepspeed_config"] = read_json(args.deepspeed_config)
     same |= {f"data ({part.name})": hashlib.sha256(part.drafts.block).hexdigest() for part in sets}
     frozen = {name: getattr(p, "ds_tensor", p) for name, p in model.named_parameters() if not p.requires_grad}
-    sums = [p.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.long) for p in frozen.values()]
-    sums = torch.stack(sums) if sums else torch.empty(0)
-    if frozen and args.zero_stage == 3:  # each process has a part of each
+    sums = [int(p.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.long)) for p in frozen.values()]
+    sums = torch.tensor(sums, device=model.language_model.model.norm.weight.device)  # where offloaded weights are not
+    if args.zero_stage == 3:  # each process has a part of each
         dist.all_reduce(sums)
     same |= {f"frozen weight {name}": total for name, total in zip(frozen, sums.tolist())}
     return same | {f"trained {name}": list(size_of(p)) for name, p in model.named_parameters() if p.requires_grad}
@@ -201,7 +201,7 @@ def remove(folder):
 
 
 def load_state(engine, out, run):
-    """Take up DeepSpeed's checkpoint of a state, without the frozen weights (check_state knows the names), and its log"""
+    """Take up DeepSpeed's checkpoint of a state, without frozen weights (check_state knows the names), and its log"""
     folder, log = out / f"resume-{run.step}", out / "log.jsonl"
     try:
         path, _ = engine.load_checkpoint(folder, "state", load_module_strict=False)
@@ -418,7 +418,7 @@ def train(args):
     now = identity(args, sets, model)
     if folder:
         check_state(folder, run, now)
-    run, begun = argparse.Namespace(**run | {"identity": now}), run["step"]
+    run, begun = argparse.Namespace(**run | {"identity": now}), run["step"]  # run: what a state keeps, in run.json
     together(lambda: clear_out(args.out, folder), everywhere=False)
     embedding, words = model.language_model.model.embed_tokens.weight, args.embedding_learning_rate
     groups = [{"params": [p for p in model.parameters() if p.requires_grad and p is not embedding]},

@@ -186,7 +186,8 @@ class ViTConfig:
         config = {"image_size": 224, "patch_size": 32, **config}  # the defaults that transformers leaves out
         config = make_config(cls, "a CLIP vision model", file, config)
         if config.hidden_act not in ACTIVATIONS:
-            raise InputError(f"{file}: hidden_act {config.hidden_act!r} is not supported, only {', '.join(ACTIVATIONS)}")
+            known = ", ".join(ACTIVATIONS)
+            raise InputError(f"{file}: hidden_act {config.hidden_act!r} is not supported, only {known}")
         return config
 
 
