@@ -1,37 +1,49 @@
 """A conversation at the terminal.
 
 This file explains inference: a conversation whose keys and values stay in one cache, so that each round computes only
-its new tokens; pictures that are encoded once; greedy decoding and sampling; answers that appear while they are
-made. The REPL and the script runner stand on top of it. Not here: the model (model.py), the template (data.py).
+its new tokens; pictures that are read once in their life; greedy decoding and sampling; answers that appear while they
+are made; a look at where an answer looked. The REPL and the script runner stand on top of it. Not here: the model and
+its cache (model.py), the template (data.py).
 
     python chat.py                                       the checkpoint in out/best
     python chat.py out/epoch-3 --temperature 0.7 --top_p 0.9
     python chat.py out/best --script questions.json --out answers.csv
 
-Shapes: T tokens, N images, P tokens of an image, D width, V vocabulary.
+Shapes: T tokens, N images, P tokens of an image, S pixels a side, D width, H heads, K key/value heads, d head width,
+L layers, V vocabulary.
 """
 import argparse
 import csv
 import hashlib
+import io
+import json
 import os
 import re
 import shlex
+import signal
 import sys
+from collections import OrderedDict
+from dataclasses import dataclass
+from glob import escape, glob
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
 from data import Tokenizer, Turn, encode, printable
-from mmca import TEXT
-from model import KVCache, VisualChat, choose_device
-from vision import InputError, load_image, preprocess, read_json
+from mmca import IMAGE, TEXT, image_term
+from model import KVCache, VisualChat, choose_device, rotate
+from vision import InputError, ViT, load_image, positive, preprocess, read_json
 
 HELP = """Write a question. A word that is a picture file is attached to it (quote a path with blanks).
   /image a.jpg "b c.png"   attach pictures to the next question
-  /clear                   begin a new conversation
+  /look                    where the last answer looked, drawn over each picture (MMCA)
+  /undo                    take the last round back
+  /clear                   begin a new conversation; pictures stay known
+  /save talk.json          write the conversation in the form that train.py reads
   /help                    this
   /quit                    leave (also Ctrl-D); Ctrl-C stops an answer"""
 
@@ -46,58 +58,181 @@ def pick(logits, temperature=0.0, top_p=1.0, generator=None):
     return int(order[torch.multinomial(probabilities.cpu(), 1, generator=generator)])
 
 
-class Chat:
-    """One conversation with a VisualChat model. `ask` answers; what was said stays in the cache."""
+@dataclass
+class Round:
+    """One round: its tokens, which grow while the answer comes; what `VisualChat.read_picture` made of its pictures."""
+    turn: Turn
+    ids: list
+    modality: list  # of the question; all that follows is text
+    pictures: list
 
-    def __init__(self, model, tokenizer):
-        self.model, self.tokenizer = model, tokenizer
-        self.config = model.language_model.config
-        weight, devices = model.language_model.model.embed_tokens.weight, model.language_model.model.devices
+
+class Chat:
+    """One conversation with a VisualChat model. `ask` answers; the cache holds the beginning of what was said, mostly
+    all of it, and whatever it does not hold is read next time: an interrupt at any place does no harm.
+
+    picture_bytes: the memory for pictures that are known besides those of the conversation."""
+
+    def __init__(self, model, tokenizer, picture_bytes=2e9):
+        self.model, self.tokenizer, self.picture_bytes = model, tokenizer, picture_bytes
+        language = model.language_model.model
+        self.context, weight = language.config.max_position_embeddings, language.embed_tokens.weight
         self.device = weight.device
-        self.cache = KVCache(self.config, self.config.max_position_embeddings, devices or self.device, weight.dtype)
-        self.features = {}  # sha1 of the pixels -> features (P, D): a picture is encoded once in its life
+        self.cache = KVCache(language.config, self.context, list(language.devices) or self.device, weight.dtype)
+        self.known = OrderedDict()  # sha256 of a picture file -> what is kept of it, the least recently used first
+        self.head = encode([], tokenizer, model.image_tokens).input_ids.tolist()  # `<s>` and the system's words
         self.clear()
 
     def clear(self):
-        """Begin a new conversation; pictures that were encoded stay known"""
-        self.cache.texts = self.cache.images = 0
-        self.shown = None  # pictures shown so far; None: nothing has been said
-        self.pending = []  # ids of the conversation that the cache has still to read
+        """Begin a new conversation; pictures stay known"""
+        self.cache.truncate(0)
+        self.rounds, self.first, self.notice = [], 0, None  # rounds before the first were let go, as the notice says
 
     def look_at(self, path):
-        """A picture file -> projected features (P, D), computed at its first use only"""
-        pixels = preprocess(load_image(path), self.model.preprocessing)                      # (3, S, S)
-        key = hashlib.sha1(pixels.numpy().tobytes()).digest()
-        if key not in self.features:
+        """A picture file -> what is kept of it. By its content it is known wherever it comes again; of all that are
+        known the least recently used are forgotten first."""
+        try:
+            key = hashlib.sha256(Path(path).read_bytes()).digest()
+        except OSError as error:
+            raise InputError(f"picture {path} cannot be read: {error.strerror}") from error
+        if key not in self.known:
+            pixels = preprocess(load_image(path), self.model.preprocessing).to(self.device)  # (3, S, S)
             with torch.inference_mode():
-                self.features[key] = self.model.encode_images(pixels[None].to(self.device))[0]   # (P, D)
-        return self.features[key]
+                self.known[key] = self.model.read_picture(self.model.encode_images(pixels[None])[0])
+        self.known.move_to_end(key)
+        kept = self.known[key]
+        while sum(picture.nbytes for picture in self.known.values()) > self.picture_bytes:
+            self.known.popitem(last=False)
+        return kept
+
+    def said(self):
+        """ids (T), modality (T) and pictures (N) of the conversation, as far as it has not been let go, as lists"""
+        rounds = self.rounds[self.first:]
+        ids = self.head + [i for r in rounds for i in r.ids]
+        modality = [m for r in rounds for m in r.modality + [TEXT] * (len(r.ids) - len(r.modality))]
+        return ids, [TEXT] * len(self.head) + modality, [picture for r in rounds for picture in r.pictures]
+
+    def read(self, stop=None):
+        """The cache learns what was said and it does not hold, up to token `stop` -> logits of the next token (V)"""
+        (ids, modality, pictures), start = self.said(), self.cache.length
+        known = modality[:start].count(IMAGE) // self.model.image_tokens
+        new = (torch.tensor([part[start:stop]], device=self.device) for part in (ids, modality))     # (1, T), (1, T)
+        return self.model.read(*new, self.cache, pictures[known:])
 
     def ask(self, question, images=(), max_new_tokens=256, temperature=0.0, top_p=1.0, generator=None):
-        """One round: a question and picture files -> a generator of the answer's token ids, without the end token.
+        """One round: reads a question and picture files -> a generator of the answer's token ids, without the end token.
 
-        The conversation is consistent wherever the generator is stopped: an answer cut short gets its `</s>` before the
-        next round, and a round whose question was not read to its end has not been said."""
-        features = [self.look_at(image) for image in images]
-        turn = Turn(question, None, list(images))
-        example = encode([turn], self.tokenizer, self.model.image_tokens, self.shown)
-        ids = torch.tensor([self.pending + example.input_ids.tolist()], device=self.device)      # (1, T)
-        modality = torch.tensor([[TEXT] * len(self.pending) + example.modality.tolist()], device=self.device)  # (1, T)
-        room = self.config.max_position_embeddings - self.cache.length - ids.shape[1] - 1
+        Where the context is full the oldest rounds are let go, until a quarter of it is free, and what is left is read
+        anew, as if the conversation had begun there (`notice` names them). The conversation is consistent wherever the
+        generator is stopped: an answer cut short gets its `</s>` before the next round, and a round whose question was
+        not read to its end has not been said."""
+        pictures = [self.look_at(image) for image in images]
+        turn = Turn(question, None, [str(image) for image in images])
+        shown = sum(len(r.turn.images) for r in self.rounds)
+        prompt = encode([turn], self.tokenizer, self.model.image_tokens, shown)
+        ids, modality = prompt.input_ids.tolist(), prompt.modality.tolist()
+        room = self.context - len(self.head) - len(ids) - 1
         if room < 1:
-            raise InputError(f"the conversation is full: {self.cache.length} of {self.config.max_position_embeddings} "
-                             f"tokens are used, and this round needs {ids.shape[1]}; /clear begins a new one")
-        logits = self.model.read(ids, modality, self.cache, torch.stack(features) if features else None)  # (V)
-        self.shown, self.pending = (self.shown or 0) + len(features), [self.tokenizer.eos]
+            raise InputError(f"a question of {len(ids)} tokens is too long for a context of {self.context}: ask less, "
+                             "or show fewer pictures at once")
+        if self.rounds and self.rounds[-1].ids[-1] != self.tokenizer.eos:
+            self.rounds[-1].ids.append(self.tokenizer.eos)
+        lengths, first, self.notice = [len(r.ids) for r in self.rounds], self.first, None
+        held, before = self.cache.length, first
+        if sum(lengths[first:]) + min(max_new_tokens, self.context // 4) > room:
+            while sum(lengths[first:]) > max(0, room - self.context // 4):
+                first += 1
+        if first > before:
+            a, b = (sum(len(r.turn.images) for r in self.rounds[:n]) for n in (before, first))
+            names = [f"{what} {', '.join(map(str, range(start + 1, stop + 1)))}" for what, start, stop in
+                     (("round", before, first), ("image", a, b)) if start < stop]
+            self.notice = f"the context of {self.context} tokens is full; let go: {'; '.join(names)}"
+            held = min(held, len(self.head))
+        try:
+            self.cache.truncate(held)
+            self.first, self.rounds = first, [*self.rounds, Round(turn, ids, modality, pictures)]
+            logits = self.read()
+        except BaseException:
+            self.cache.truncate(held)
+            self.first, self.rounds = before, self.rounds[:len(lengths)]
+            raise
+        room = min(max_new_tokens, room - sum(lengths[first:]))
+        return self.answer(self.rounds[-1], logits, room, temperature, top_p, generator)
+
+    def answer(self, this, logits, room, temperature, top_p, generator):
+        """Logits of the first token -> a generator of at most `room` tokens, each read when the next is asked for"""
         one = torch.tensor([[TEXT]], device=self.device)
-        for _ in range(min(room, max_new_tokens)):
+        for n in range(room):
+            if n:
+                logits = self.model.read(torch.tensor([this.ids[-1:]], device=self.device), one, self.cache)  # (V)
             token = pick(logits[:len(self.tokenizer)], temperature, top_p, generator)
+            this.ids.append(token)
             if token == self.tokenizer.eos:
                 return
-            self.pending = [token, self.tokenizer.eos]
             yield token
-            logits = self.model.read(torch.tensor([[token]], device=self.device), one, self.cache)  # (V)
-            self.pending = [self.tokenizer.eos]
+
+    def undo(self):
+        """Take the last round back -> its question"""
+        if not self.rounds:
+            raise InputError("nothing has been said")
+        length = len(self.head) + sum(len(r.ids) for r in self.rounds[self.first:-1])
+        self.cache.truncate(min(self.cache.length, length))
+        self.first = min(self.first, len(self.rounds) - 1)
+        return self.rounds.pop().turn.question
+
+    def save(self, file):
+        """Write the conversation as JSON that data.py reads: pictures are named relative to the file"""
+        folder = os.path.dirname(os.path.abspath(file))
+        turns = [{"images": [os.path.relpath(image, folder) for image in r.turn.images], "question": r.turn.question,
+                  "answer": self.tokenizer.decode([i for i in r.ids[len(r.modality):] if i != self.tokenizer.eos])}
+                 for r in self.rounds]
+        write_whole(file, json.dumps([turns], indent=1) + "\n")
+
+    def look(self):
+        """Where the last answer looked: (number, path, weights (P)) of each picture in the context.
+
+        The weights are MMCA's second softmax, whose rows sum to one over all image tokens, as the mean over heads,
+        layers and the rows from which the answer's tokens came."""
+        model, layers = self.model, self.model.language_model.model.layers
+        if model.attention != "mmca":
+            raise InputError(f"no look under {model.attention!r}: only MMCA has a softmax over the image tokens alone")
+        if not isinstance(model.vision_model, ViT) or model.projection_kind == "perceiver":
+            raise InputError("no look: the tokens of this model's pictures are queries, not places in the picture")
+        ids, _, pictures = self.said()
+        if not pictures:
+            raise InputError("no picture has been shown")
+        last, m, total = self.rounds[-1], len(pictures) * model.image_tokens, []
+        one_hot = torch.eye(m, device=self.device)  # in the place of the values: what comes out are the weights
+
+        def note(attention, inputs):
+            x, cos, sin, who, cache = inputs
+            q = rotate(attention.q_proj(x).unflatten(2, (-1, attention.d)).transpose(1, 2), cos, sin)    # (1, H, T, d)
+            k = cache.keys[:, :, -m:]                                                        # (1, K, m, d)
+            weights = image_term(q, k, one_hot.to(k).expand(*k.shape[:2], m, m), who)        # (1, H, T, m)
+            total.append(weights.float().mean((0, 1, 2)).cpu())
+
+        hooks = [layer.self_attn.register_forward_pre_hook(note) for layer in layers]
+        try:
+            start = len(ids) - len(last.ids) + len(last.modality) - 1  # the row of the answer's first token
+            self.cache.truncate(min(self.cache.length, start))
+            self.read(max(start + 1, len(ids) - 1))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        weights = torch.stack(total).mean(0).flip(0).view(len(pictures), -1)                 # (N, P), oldest first
+        paths = list(enumerate((image for r in self.rounds for image in r.turn.images), 1))
+        return [(*path, part) for path, part in zip(paths[-len(pictures):], weights)]
+
+
+def spotlight(path, weights, model):
+    """A picture as the model saw it, bright where the weights (P) of its tokens are large"""
+    config, pixels = model.preprocessing, preprocess(load_image(path), model.preprocessing)  # (3, S, S)
+    mean, std = (torch.tensor(config[name])[:, None, None] for name in ("image_mean", "image_std"))  # (3, 1, 1)
+    side = int(len(weights) ** 0.5)
+    light = weights[-side * side:].view(1, 1, side, side) / weights[-side * side:].max()     # without the class token
+    light = F.interpolate(light, pixels.shape[1:], mode="bicubic")[0].clamp(0, 1)            # (1, S, S)
+    pixels = (pixels * std + mean) * (0.2 + 0.8 * light) * 255                               # (3, S, S)
+    return Image.fromarray(pixels.clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
 def stream(tokens, tokenizer):
@@ -129,7 +264,7 @@ def attachments(line):
             return word
         path = os.path.expanduser(path)
         if not os.path.isfile(path):
-            print(f"(no picture {path}: taken as a word)")
+            print(printable(f"(no picture {path}: taken as a word)"))
             return word
         pictures.append(path)
         return ""
@@ -138,48 +273,93 @@ def attachments(line):
     return pictures, " ".join(rest.split()) if pictures else rest.strip()
 
 
+def completions(line, start):
+    """What Tab offers behind a line up to the cursor: paths that its last word begins, from column `start` on"""
+    word = os.path.expanduser(re.sub(r"\\(.)", r"\1", re.search(r"(?:\\.|[^\s\\])*$", line)[0]))
+    rest = ((path + "/" * os.path.isdir(path))[len(word):] for path in sorted(glob(escape(word) + "*")))
+    return [line[start:] + re.sub(r"([\s\\'\"])", r"\\\1", ending) for ending in rest]
+
+
+def start_readline():
+    """History, editing and path completion for input()"""
+    import readline  # not on every system
+
+    def complete(text, n):
+        return ([*completions(readline.get_line_buffer()[:readline.get_endidx()], readline.get_begidx()), None])[n]
+    readline.set_completer(complete)
+    readline.set_completer_delims(" \t\n")
+    readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
+
+
 def repl(chat, args):
-    """Read lines until /quit or the end of the input. Nothing that a line holds ends the conversation."""
-    if sys.stdin.isatty():
-        import readline  # noqa: F401  history and editing for input()
-    generator, attached = torch.Generator().manual_seed(args.seed), []
-    print(HELP)
-    while True:
-        try:
-            line = input("\n> ")
-            command, _, rest = line.strip().partition(" ")
-            if command == "/quit":
-                return
-            if command == "/clear":
-                chat.clear()
-                attached = []
-                print("(a new conversation)")
-            elif command == "/image":
-                for path in shlex.split(rest):
-                    load_image(path)
-                    attached.append(path)
-                print(f"({len(attached)} pictures attached to the next question)")
-            elif re.fullmatch("/[a-z]*", command):
-                print(HELP)
-            else:
-                pictures, question = attachments(line)
-                attached += pictures
-                if not question:
-                    print(f"({len(attached)} pictures attached; ask about them)" if attached else "(ask something)")
-                    continue
-                tokens = chat.ask(question, attached, args.max_new_tokens, args.temperature, args.top_p, generator)
-                attached = []
-                for piece in stream(tokens, chat.tokenizer):
-                    print(piece, end="", flush=True)
-                print()
-        except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:
-            print(" (stopped; /quit or Ctrl-D leaves)")
-        except (ValueError, OSError, RuntimeError) as error:  # InputError is a ValueError
+    """Read lines until /quit or the end of the input. Nothing that a line holds ends the conversation; Ctrl-C stops
+    what is being done, once for each line."""
+    generator, attached, armed = torch.Generator().manual_seed(args.seed), [], False
+
+    def interrupt(*_):
+        nonlocal armed
+        if armed:  # where it is caught, and not again while it is
+            armed = False
+            raise KeyboardInterrupt
+
+    def obey(line):
+        nonlocal attached
+        command, _, rest = line.strip().partition(" ")
+        if command == "/quit":
+            raise EOFError
+        if command == "/clear":
             attached = []
-            print(f"({error})")
+            chat.clear()
+            print("(a new conversation)")
+        elif command == "/undo":
+            print(printable(f"(taken back: {chat.undo()})"))
+        elif command == "/save" and rest.strip():
+            chat.save(os.path.expanduser(rest.strip()))
+            print(printable(f"({len(chat.rounds)} rounds in {rest.strip()})"))
+        elif command == "/look":
+            for number, path, weights in chat.look():
+                spotlight(path, weights, chat.model).save(f"look-{number}.png")
+                print(printable(f"(image {number}, {path}: {weights.sum():.0%} of the attention; look-{number}.png)"))
+        elif command == "/image":
+            for path in map(os.path.expanduser, shlex.split(rest)):
+                chat.look_at(path)
+                attached = [*attached, path]
+            print(f"({len(attached)} pictures attached to the next question)")
+        elif re.fullmatch("/[a-z]*", command):
+            print(HELP)
+        else:
+            pictures, question = attachments(line)
+            if not question:
+                attached = attached + pictures
+                print(f"({len(attached)} pictures attached; ask about them)" if attached else "(ask something)")
+                return
+            pictures = attached + pictures
+            tokens = chat.ask(question, pictures, args.max_new_tokens, args.temperature, args.top_p, generator)
+            attached = []
+            if chat.notice:
+                print(f"({chat.notice})")
+            for piece in stream(tokens, chat.tokenizer):
+                print(piece, end="", flush=True)
+            print()
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        print(HELP)
+        while True:
+            try:
+                armed = True
+                obey(input("\n> "))
+                armed = False
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                print(" (stopped; /quit or Ctrl-D leaves)")
+            except (ValueError, OSError, RuntimeError) as error:  # InputError is a ValueError
+                armed = False
+                print(printable(f"({error})"))
+    finally:
+        signal.signal(signal.SIGINT, before)
+        print()
 
 
 def split_paths(pictures):
@@ -188,6 +368,14 @@ def split_paths(pictures):
         return [path for text in pictures for path in shlex.split(text)]
     except ValueError as error:
         raise InputError(f"pictures {pictures[0]!r}: {error}; quote a path as a shell would") from error
+
+
+def write_whole(file, text):
+    """Write a text file under another name and rename it when it is whole"""
+    unfinished = Path(file).with_name(f".{Path(file).name}.unfinished")
+    with open(unfinished, "w", newline="", encoding="utf-8") as content:
+        content.write(text)
+    os.replace(unfinished, file)
 
 
 def run_script(chat, script, out, args):
@@ -209,11 +397,12 @@ def run_script(chat, script, out, args):
         for question, *pictures in rounds:
             paths = [str(script.parent / path) for path in split_paths(pictures)]
             tokens = chat.ask(question, paths, args.max_new_tokens, args.temperature, args.top_p, generator)
+            if chat.notice:
+                tqdm.write(printable(f"{name}: {chat.notice}"), sys.stderr)
             rows.append([name, *(pictures or [""]), question, chat.tokenizer.decode(list(tokens))])
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    with open(unfinished, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["test_name", "image_path", "question", "answer"], *rows])
-    os.replace(unfinished, out)
+    table = io.StringIO()
+    csv.writer(table).writerows([["test_name", "image_path", "question", "answer"], *rows])
+    write_whole(out, table.getvalue())
     print(f"{len(rows)} answers in {out}")
 
 
@@ -222,25 +411,36 @@ def main():
     parser = argparse.ArgumentParser(description="Chat about pictures.")
     add = parser.add_argument
     add("checkpoint", nargs="?", type=Path, default=Path("out/best"), help="a folder that train.py wrote (%(default)s)")
-    add("--max_new_tokens", type=int, default=256, help="the longest answer (%(default)s)")
+    add("--max_new_tokens", type=positive, default=256, help="the longest answer (%(default)s)")
     add("--temperature", type=float, default=0.0, help="0 always takes the most likely token (%(default)s)")
     add("--top_p", type=float, default=1.0, help="draw from the likeliest tokens that sum to this (%(default)s)")
     add("--seed", type=int, default=1234, help="of the draws (%(default)s)")
     add("--device", help="cpu, cuda:0, ... or several with commas between, over which the layers are spread (the best "
         "there is)")
+    add("--picture_memory", type=float, default=2.0, metavar="GB", help="for what is kept of pictures, besides the "
+        "conversation's (%(default)s)")
     add("--script", type=Path, metavar="JSON", help="answer the dialogues of this file instead of a person's (none)")
     add("--out", type=Path, default=Path("answers.csv"), metavar="CSV", help="where its answers go (%(default)s)")
     args = parser.parse_args()
     try:
-        if not (0 <= args.temperature < float("inf") and 0 < args.top_p <= 1):
-            raise InputError("--temperature is a number from 0, --top_p one above 0 and at most 1")
+        if not (0 <= args.temperature < float("inf") and 0 < args.top_p <= 1 and args.picture_memory >= 0):
+            raise InputError("--temperature and --picture_memory are numbers from 0, --top_p one above 0 and at most 1")
         device, dtype = choose_device(args.device)
         model = VisualChat.from_pretrained(args.checkpoint, dtype, device)
-        chat = Chat(model, Tokenizer(args.checkpoint / "language_model" / "tokenizer.model"))
-        run_script(chat, args.script, args.out, args) if args.script else repl(chat, args)
+        chat = Chat(model, Tokenizer(args.checkpoint / "language_model" / "tokenizer.model"), args.picture_memory * 1e9)
+        for file in (sys.stdin, sys.stdout):
+            file.reconfigure(errors="replace")  # bytes that are no text; a terminal that lacks a character
+        if args.script:
+            run_script(chat, args.script, args.out, args)
+        else:
+            if sys.stdin.isatty():
+                start_readline()
+            repl(chat, args)
     except InputError as error:
         print(printable(f"chat.py: {error}"), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("\nchat.py: stopped")
 
 
 if __name__ == "__main__":

@@ -115,9 +115,10 @@ class Pattern:
     blind: torch.Tensor  # (B, 1, n, 1) of bool: the queries with no picture before them
     spans: list  # (start, stop, seen, mask): these queries see the last `seen` image keys, where mask (or None) says so
 
-    def text_only(self):
-        """The same among the text rows alone, as if the pictures' positions were not there (CrA's decoder layers)."""
-        return replace(self, kind="causal", queries=Rows(self.queries.n), keys=Rows(self.keys.n))
+    def text_only(self, kind):
+        """The same where only the text rows come: "causal" as if there were no pictures (CrA's decoder layers), "mmca"
+        as if a cache had learned of them before."""
+        return replace(self, kind=kind, queries=Rows(self.queries.n), keys=Rows(self.keys.n), new_images=Rows(0))
 
 
 def pattern(query_modality, key_modality, kind="mmca"):
@@ -185,8 +186,6 @@ def attend(q, k, v, pattern, cache=None):
     term is the added layers'. With a `cache` (`KVCache.layer`), k and v are those of the Tq new positions and the
     earlier ones come from it."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                         # (B, T, H or K, d)
-    new, group = v.shape[1] - q.shape[1], q.shape[2] // v.shape[2]
-    own = v[:, new:, :, None].expand(-1, -1, -1, group, -1).flatten(2, 3)                    # (B, Tq, H, d)
     text, image = (pattern.keys, pattern.images) if cache is None else (pattern.queries, pattern.new_images)
 
     queries = pattern.queries.take(q).transpose(1, 2)                                        # (B, H, n, d)
@@ -200,6 +199,10 @@ def attend(q, k, v, pattern, cache=None):
         if cache is not None:
             keys, values = cache.add_images(keys, values)
         out = out + image_term(queries, keys, values, pattern)                               # (B, H, n, d)
+    if pattern.queries.index is None and pattern.queries.n == q.shape[1]:
+        return out  # text alone
+    new, group = v.shape[1] - q.shape[1], q.shape[2] // v.shape[2]
+    own = v[:, new:, :, None].expand(-1, -1, -1, group, -1).flatten(2, 3)                    # (B, Tq, H, d)
     return pattern.queries.put(own, out.transpose(1, 2)).transpose(1, 2)                     # (B, H, Tq, d)
 
 

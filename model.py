@@ -122,6 +122,19 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat([-right, left], -1) * sin
 
 
+class Linear(nn.Linear):
+    """y = x W'. A token costs the time of reading the weights, and torch's product of one row with a matrix reads them
+    with one core of a CPU: here one row of float32 is multiplied in as many parts as there are threads."""
+
+    def forward(self, x):
+        """x (..., in) -> (..., out)"""
+        parts, one = torch.get_num_threads(), x.numel() == self.in_features
+        if not one or self.out_features % parts or x.device.type != "cpu" or x.dtype != torch.float32:
+            return F.linear(x, self.weight)
+        weight = self.weight.view(parts, -1, self.in_features).transpose(1, 2)               # (parts, in, out / parts)
+        return torch.bmm(x.view(1, 1, -1).expand(parts, 1, -1), weight).view(*x.shape[:-1], -1)  # (..., out)
+
+
 class LlamaAttention(nn.Module):
     """Queries, keys and values of every token, keys and queries rotated to their position; then `mmca.attend`."""
 
@@ -129,8 +142,8 @@ class LlamaAttention(nn.Module):
         super().__init__()
         D, d, H, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
         self.d = d
-        self.q_proj, self.k_proj = nn.Linear(D, H * d, bias=False), nn.Linear(D, K * d, bias=False)
-        self.v_proj, self.o_proj = nn.Linear(D, K * d, bias=False), nn.Linear(H * d, D, bias=False)
+        self.q_proj, self.k_proj = Linear(D, H * d, bias=False), Linear(D, K * d, bias=False)
+        self.v_proj, self.o_proj = Linear(D, K * d, bias=False), Linear(H * d, D, bias=False)
 
     def forward(self, x, cos, sin, pattern, cache=None):
         """x (B, T, D), cos and sin (B, 1, T, d) -> (B, T, D)"""
@@ -146,8 +159,8 @@ class LlamaMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, F_ = config.hidden_size, config.intermediate_size
-        self.gate_proj, self.up_proj = nn.Linear(D, F_, bias=False), nn.Linear(D, F_, bias=False)
-        self.down_proj = nn.Linear(F_, D, bias=False)
+        self.gate_proj, self.up_proj = Linear(D, F_, bias=False), Linear(D, F_, bias=False)
+        self.down_proj = Linear(F_, D, bias=False)
 
     def forward(self, x):
         """x (B, T, D) -> (B, T, D)"""
@@ -206,7 +219,7 @@ class LlamaModel(nn.Module):
         cross_attention: CrA's L added layers; only text rows then pass the decoder, image rows stay as they were."""
         rows, whole, features = pattern, x, None
         if cross_attention is not None:
-            rows, x, positions = pattern.text_only(), pattern.queries.take(x), pattern.queries.take(positions)
+            rows, x, positions = pattern.text_only("causal"), pattern.queries.take(x), pattern.queries.take(positions)
             features = pattern.new_images.take(whole)                                        # (B, m, D)
         cos, sin = rotary(positions, self.config, x.dtype)                                   # (B, 1, T, d)
         for i, layer in enumerate(self.layers):
@@ -261,7 +274,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.model = LlamaModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -274,7 +287,7 @@ class Llama(nn.Module):
 
 
 class KVCache:
-    """Keys and values of one conversation, in one buffer a layer: text fills it from the front, pictures from the end.
+    """Keys and values of a conversation, in one buffer a layer: text fills it from the front, pictures from the end.
 
     So both are whole slices, and `attend` is two plain attentions over them. length: the most tokens it will hold;
     2 L K length d numbers in all. devices: one for each layer, or one device for all."""
@@ -282,6 +295,7 @@ class KVCache:
     def __init__(self, config, length, devices, dtype):
         shape = 1, config.num_key_value_heads, length, config.head_dim
         devices = devices if isinstance(devices, list) else [devices] * config.num_hidden_layers
+        self.config = config
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for device in devices]   # L times (1, K, length, d)
         self.values = [torch.empty_like(keys) for keys in self.keys]                         # L times (1, K, length, d)
         self.modality = torch.zeros(1, length, dtype=torch.long, device=devices[0])          # (1, length)
@@ -292,6 +306,11 @@ class KVCache:
         """How many tokens it holds"""
         return self.texts + self.images
 
+    @property
+    def nbytes(self):
+        """The memory of its buffers"""
+        return sum(2 * keys.nbytes for keys in self.keys)
+
     def append(self, modality):
         """Note the modality (1, T) of T new tokens -> that of all (1, Tk). The layers bring their keys and values."""
         stop = self.length + modality.shape[1]
@@ -300,9 +319,25 @@ class KVCache:
         self.modality[:, self.length:stop] = modality
         return self.modality[:, :stop]
 
+    def place(self, picture, position):
+        """Put the P tokens of a picture (`VisualChat.read_picture`) at a position: only now are its keys rotated."""
+        stop = self.modality.shape[1] - self.images
+        new = slice(stop - picture.images, stop)
+        positions = torch.arange(position, position + picture.images, device=self.modality.device).flip(0)   # (P)
+        cos, sin = rotary(positions[None], self.config, self.keys[0].dtype)                  # (1, 1, P, d)
+        for i, (keys, values) in enumerate(zip(picture.keys, picture.values)):
+            self.keys[i][:, :, new] = rotate(keys, cos.to(keys.device), sin.to(keys.device))
+            self.values[i][:, :, new] = values
+        self.images += picture.images
+
     def advance(self, pattern):
         """After the last layer: the new tokens count as held (under "causal" all of them as text)."""
         self.texts, self.images = self.texts + pattern.queries.n, self.images + pattern.new_images.n
+
+    def truncate(self, length):
+        """Hold the first `length` tokens only"""
+        images = int((self.modality[:, :length] == IMAGE).sum()) if self.images else 0
+        self.texts, self.images = length - images, images
 
     def layer(self, i):
         """The part of layer i, as `attend` and `CrossAttention` use it"""
@@ -424,13 +459,36 @@ class VisualChat(nn.Module):
         return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets  # (n), (n)
 
     @torch.inference_mode()
-    def read(self, input_ids, modality, cache, features=None):
-        """Continue a conversation: T new tokens (1, T) go into the cache -> logits of the next token (V)"""
+    def read_picture(self, features):
+        """features (P, D) of a picture -> what `read` takes of it. Under MMCA an image token sees only itself, so that
+        its keys and values in all layers depend on nothing else: they are computed here, once for every conversation
+        and place, as a KVCache of P tokens at position 0, where a key is not rotated. Otherwise: the features."""
+        if self.attention != "mmca":
+            return features
+        model, modality = self.language_model.model, features.new_full((1, len(features)), IMAGE, dtype=torch.long)
+        picture = KVCache(model.config, len(features), list(model.devices) or features.device, features.dtype)
+        who = pattern(modality, modality)
+        model(features[None], torch.zeros_like(modality), who, picture)
+        picture.advance(who)
+        return picture
+
+    @torch.inference_mode()
+    def read(self, input_ids, modality, cache, pictures=()):
+        """Continue a conversation: T new tokens (1, T), the last a word, go into the cache -> logits of the next (V).
+        pictures: what `read_picture` made of each picture among them; under MMCA only the words pass the decoder."""
         held = cache.length
         who = pattern(modality, cache.append(modality), self.attention)
         positions = torch.arange(held, held + input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
-        x = self.embed(input_ids, modality, features)                                        # (1, T, D)
-        x = self.language_model.model(x, positions, who, cache, self.cross_attention)       # (1, T, D)
+        if self.attention == "mmca":
+            starts, text = positions[modality == IMAGE][::self.image_tokens], modality[0] == TEXT    # (N), (T)
+            if len(starts) != len(pictures):
+                raise InputError(f"{len(starts)} pictures in the tokens, {len(pictures)} given")
+            for start, picture in zip(starts.tolist(), pictures):
+                cache.place(picture, start)
+            input_ids, modality, positions = input_ids[:, text], modality[:, text], positions[:, text]
+            who, pictures = who.text_only("mmca"), ()
+        x = self.embed(input_ids, modality, torch.stack(pictures) if pictures else None)     # (1, T, D)
+        x = self.language_model.model(x, positions, who, cache, self.cross_attention)        # (1, T, D)
         head = self.language_model.lm_head
         logits = head(x[0, -1].to(head.weight.device)).float()                               # (V)
         cache.advance(who)  # last: until here an interrupt leaves the cache as it was

@@ -3,18 +3,26 @@ import argparse
 import csv
 import io
 import json
+import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import FIXTURES, ROOT, all_logits, tiny_model
 
 import chat as chat_module
-from chat import Chat, attachments, pick, repl, run_script, stream
-from data import Tokenizer, Turn, encode
-from vision import InputError
+from chat import Chat, attachments, completions, pick, repl, run_script, spotlight, stream
+from data import Tokenizer, Turn, encode, own
+from mmca import attention_matrix
+from model import rotary, rotate
+from vision import InputError, load_image, preprocess
 
 TOKENIZER = Tokenizer(FIXTURES / "tokenizer.model")
 PICTURES = [str(path) for path in sorted((FIXTURES / "tiny-clip/images").iterdir())]
@@ -40,11 +48,28 @@ class Spy:
         return self.encode_(pixels)
 
 
+@torch.inference_mode()
+def features_of(model, path):
+    return model.encode_images(preprocess(load_image(path), model.preprocessing)[None])[0]
+
+
+def assert_cache_is_one_pass(talk):
+    """The logits with which the cache goes on are those of one pass over everything that was said"""
+    ids, modality, _ = talk.said()
+    paths = [path for r in talk.rounds[talk.first:] for path in r.turn.images]
+    features = torch.stack([features_of(talk.model, path) for path in paths]) if paths else None
+    if talk.cache.length == len(ids):
+        talk.cache.truncate(len(ids) - 1)
+    expected = all_logits(talk.model, torch.tensor([ids]), torch.tensor([modality]), features)[0, -1]
+    torch.testing.assert_close(talk.read(), expected, atol=1e-4, rtol=1e-3)
+    assert talk.cache.length == len(ids)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_round_continues_the_cache_as_if_read_at_once(kind):
     """The ids are those of training for the same answers, each is read once, and the greedy answers are those of a
     decoder that computes everything again for every token."""
-    model = tiny_model(kind)
+    model, reference = tiny_model(kind), tiny_model(kind)
     spy, talk = Spy(model), Chat(model, TOKENIZER)
     said, limits = [], [6, 1, 4, 3]
     for (question, pictures), limit in zip(ROUNDS, limits):
@@ -53,13 +78,13 @@ def test_every_round_continues_the_cache_as_if_read_at_once(kind):
     for n, ((question, pictures), answer) in enumerate(zip(ROUNDS, said)):
         part = encode([Turn(question, None, pictures)], TOKENIZER, 17, None if n == 0 else len(features))
         ids, modality = ids + part.input_ids.tolist(), modality + part.modality.tolist()
-        features += [talk.look_at(path) for path in pictures]
+        features += [features_of(reference, path) for path in pictures]
         for token in answer:
-            logits = all_logits(model, torch.tensor([ids]), torch.tensor([modality]), torch.stack(features))[0, -1]
+            logits = all_logits(reference, torch.tensor([ids]), torch.tensor([modality]), torch.stack(features))[0, -1]
             assert token == logits.argmax(), f"round {n}"
             ids, modality = ids + [token], modality + [1]
         ids, modality = ids + [TOKENIZER.eos], modality + [1]
-    assert spy.ids == ids[:len(spy.ids)] and ids[len(spy.ids):] in ([TOKENIZER.eos], [said[-1][-1], TOKENIZER.eos])
+    assert spy.ids == ids[:len(spy.ids)] and ids[len(spy.ids):] == [said[-1][-1], TOKENIZER.eos]
     assert spy.features == 3, "a picture is encoded once in its life"
 
 
@@ -76,7 +101,142 @@ def test_ids_in_chat_are_those_of_training():
             list(tokens)
         finally:
             chat_module.pick = original
-    assert spy.ids + talk.pending == encode(conversation, TOKENIZER, 17).input_ids.tolist()
+    said = talk.said()[0]
+    assert said[:len(spy.ids)] == spy.ids and said + [TOKENIZER.eos] == encode(conversation, TOKENIZER, 17).input_ids.tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_is_read_once_in_its_life(kind, tmp_path):
+    """By its content: after /clear, at another place, under another name; and the answers are those of reading it anew"""
+    spy = Spy(tiny_model(kind))
+    talk, copy = Chat(spy.model, TOKENIZER), tmp_path / "copy.png"
+    shutil.copy(PICTURES[1], copy)
+    list(talk.ask("What is this?", PICTURES[:2], 3))
+    talk.clear()
+    again = [list(talk.ask("Well?", [PICTURES[2], copy, PICTURES[0]], 5)), list(talk.ask("And now?", [PICTURES[0]], 5))]
+    assert spy.features == 3
+    fresh = Chat(tiny_model(kind), TOKENIZER)
+    assert again == [list(fresh.ask("Well?", [PICTURES[2], PICTURES[1], PICTURES[0]], 5)), list(fresh.ask("And now?", PICTURES[:1], 5))]
+    assert_cache_is_one_pass(talk)
+    shutil.copy(PICTURES[3], copy)
+    spy.features = 0
+    talk.look_at(copy)
+    assert spy.features == 1, "the name is not the content"
+
+
+def test_known_pictures_take_no_more_memory_than_allowed():
+    spy = Spy(tiny_model())
+    one = spy.model.read_picture(features_of(spy.model, PICTURES[0])).nbytes
+    talk, spy.features = Chat(spy.model, TOKENIZER, 2.5 * one), 0
+    for path in (0, 1, 0, 2):
+        talk.look_at(PICTURES[path])
+    assert spy.features == 3 and sum(picture.nbytes for picture in talk.known.values()) == 2 * one
+    talk.look_at(PICTURES[0])
+    assert spy.features == 3, "used again after picture 1, which was forgotten in its place"
+    talk.look_at(PICTURES[1])
+    assert spy.features == 4
+    answer = list(talk.ask("All of them?", PICTURES[:4], 5))
+    nothing = Chat(tiny_model(), TOKENIZER, 0)
+    assert answer == list(nothing.ask("All of them?", PICTURES[:4], 5)) and not nothing.known
+    assert_cache_is_one_pass(talk)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_when_the_context_is_full_the_oldest_rounds_are_let_go(kind):
+    """What is left goes on exactly as if the conversation had begun there, but for the numbers of the pictures"""
+    model = tiny_model(kind)
+    model.language_model.config.max_position_embeddings = 300
+    talk, notices, first = Chat(model, TOKENIZER), [], 0
+    for n in range(12):
+        list(talk.ask(f"What is this, number {n}?", PICTURES[n % 4:n % 4 + 1] if n % 3 == 0 else [], 9))
+        assert talk.cache.length < 300 and talk.first >= first and len(talk.rounds) == n + 1
+        if talk.first > first:
+            said = TOKENIZER.decode(talk.said()[0])
+            assert talk.rounds[talk.first].turn.question in said and f"number {talk.first - 1}?" not in said
+            shown = sum(len(r.turn.images) for r in talk.rounds)
+            assert f"### Image {shown}:" in said or not talk.said()[2]
+            rounds = ", ".join(str(i + 1) for i in range(first, talk.first))
+            assert talk.notice.startswith(f"the context of 300 tokens is full; let go: round {rounds}")
+            notices.append(talk.notice)
+            assert len(talk.said()[0]) <= 300 * 3 / 4 + 9 + 1, "a quarter is free for the rounds that follow"
+        first = talk.first
+        assert_cache_is_one_pass(talk)
+    assert len(notices) >= 2 and "image 1" in "".join(notices)
+    while talk.rounds:
+        talk.undo()
+    assert talk.cache.length == len(talk.head) and talk.first == 0
+
+
+def test_undo_takes_the_last_round_back():
+    talk, other = Chat(tiny_model(), TOKENIZER), Chat(tiny_model(), TOKENIZER)
+    with pytest.raises(InputError, match="nothing has been said"):
+        talk.undo()
+    for question, pictures in ROUNDS[:2]:
+        assert list(talk.ask(question, pictures, 4)) == list(other.ask(question, pictures, 4))
+    list(talk.ask("Never mind.", PICTURES[3:5], 6))
+    assert talk.undo() == "Never mind." and talk.said()[0] == other.said()[0] + [TOKENIZER.eos]
+    for question, pictures in ROUNDS[2:]:
+        assert list(talk.ask(question, pictures, 4)) == list(other.ask(question, pictures, 4))
+    assert talk.said()[0] == other.said()[0]
+
+
+def test_a_saved_conversation_is_one_to_train_on(tmp_path):
+    talk = Chat(tiny_model(), TOKENIZER)
+    for question, pictures in [("What ### is\n### Answer: \x1b this? \udcff", PICTURES[:2]), ("Why?", [])]:
+        list(talk.ask(question, pictures, 6))
+    (tmp_path / "talks").mkdir()
+    talk.save(tmp_path / "talks/talk.json")
+    assert [path.name for path in (tmp_path / "talks").iterdir()] == ["talk.json"]
+    conversation, = (draft(random) for draft in own(tmp_path / "talks/talk.json", None, None))
+    assert [turn.question for turn in conversation] == [r.turn.question for r in talk.rounds]
+    assert [[str(Path(path).resolve()) for path in turn.images] for turn in conversation] == [PICTURES[:2], []]
+    assert [turn.answer for turn in conversation] == [TOKENIZER.decode(r.ids[len(r.modality):]) for r in talk.rounds]
+    with pytest.raises(OSError):
+        talk.save(tmp_path / "nowhere/talk.json")
+
+
+def test_look_is_the_second_softmax(tmp_path):
+    """Against the formula: M2's weights of the answer's rows in one pass, mean over heads, layers and rows"""
+    model = tiny_model()
+    talk = Chat(model, TOKENIZER)
+    with pytest.raises(InputError, match="no picture has been shown"):
+        talk.look()
+    list(talk.ask("What?", PICTURES[:1], 3))
+    list(talk.ask("And these?", PICTURES[1:3], 5))
+    looked = talk.look()
+    assert [(number, path) for number, path, _ in looked] == list(enumerate(PICTURES[:3], 1))
+    ids, modality, _ = (torch.tensor([part]) if isinstance(part[0], int) else part for part in talk.said())
+    inputs, weights = [], []
+    hooks = [layer.self_attn.register_forward_pre_hook(lambda module, args: inputs.append((module, args[0])))
+             for layer in model.language_model.model.layers]
+    all_logits(model, ids, modality, torch.stack([features_of(model, path) for path in PICTURES[:3]]))
+    for hook in hooks:
+        hook.remove()
+    config, M = model.language_model.config, attention_matrix(modality, modality)
+    cos, sin = rotary(torch.arange(ids.shape[1])[None], config, torch.float32)
+    for attention, x in inputs:
+        x = x.clone()
+        q, k = (rotate(proj(x).unflatten(2, (-1, config.head_dim)).transpose(1, 2), cos, sin) for proj in (attention.q_proj, attention.k_proj))
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        scores = (q @ k.transpose(2, 3) / config.head_dim ** 0.5).masked_fill((M != 2)[:, None], -torch.inf)
+        weights.append(scores.softmax(-1)[0, :, -6:-1].mean((0, 1)).detach())
+    expected = torch.stack(weights).mean(0)[modality[0] == 2].view(3, 17)
+    torch.testing.assert_close(torch.stack([part for *_, part in looked]), expected, atol=1e-5, rtol=1e-3)
+    assert abs(float(expected.sum()) - 1) < 1e-5 and expected.max() / expected.min() > 1.05
+    assert_cache_is_one_pass(talk)
+    with pytest.raises(InputError, match="only MMCA has a softmax over the image tokens alone"):
+        Chat(tiny_model("causal"), TOKENIZER).look()
+
+
+def test_a_spotlight_is_bright_where_the_weights_are_large():
+    weights = torch.zeros(17)
+    weights[0], weights[1 + 4 * 1 + 2] = 9, 1  # the class token is no place; row 1, column 2 of 4 x 4
+    picture = spotlight(PICTURES[0], weights, tiny_model())
+    light = torch.tensor(list(picture.convert("L").get_flattened_data())).view(56, 56).float()
+    whole = spotlight(PICTURES[0], torch.ones(17), tiny_model()).convert("L")
+    light = light / torch.tensor(list(whole.get_flattened_data())).view(56, 56).clamp(min=1)
+    cells = light.view(4, 14, 4, 14).mean((1, 3))
+    assert picture.size == (56, 56) and cells.argmax() == 4 * 1 + 2 and cells.min() < 0.3 < 0.6 < cells.max()
 
 
 def test_an_interrupted_answer_leaves_a_whole_conversation():
@@ -92,16 +252,22 @@ def test_an_interrupted_answer_leaves_a_whole_conversation():
     assert spy.ids[:len(expected)] == expected
 
 
-def test_a_bad_picture_or_a_full_cache_changes_nothing():
+def test_a_bad_picture_or_a_full_cache_changes_nothing(monkeypatch):
     model = tiny_model()
     talk = Chat(model, TOKENIZER)
     before = list(talk.ask("What is this?", PICTURES[:1], 2))
-    state = talk.cache.length, talk.shown, list(talk.pending)
+    talk.rounds[-1].ids.append(TOKENIZER.eos)
+    state = talk.cache.length, talk.said()
     with pytest.raises(InputError, match="cannot be read"):
         list(talk.ask("And this?", ["nowhere.png"]))
-    with pytest.raises(InputError, match="the conversation is full"):
+    with pytest.raises(InputError, match="too long for a context of 2048"):
         list(talk.ask("long " * 5000))
-    assert state == (talk.cache.length, talk.shown, talk.pending)
+    with monkeypatch.context() as patch:
+        patch.setattr(talk.model.language_model.lm_head, "forward", lambda x: 1 / 0)  # at the end of reading, pictures placed
+        with pytest.raises(ZeroDivisionError):
+            talk.ask("And this?", PICTURES[1:3])
+    assert state == (talk.cache.length, talk.said())
+    assert_cache_is_one_pass(talk)
     talk.clear()
     assert list(talk.ask("What is this?", PICTURES[:1], 2)) == before
 
@@ -140,6 +306,18 @@ def test_words_that_are_pictures_are_attached(tmp_path, capsys):
     assert attachments("see nowhere.png") == ([], "see nowhere.png") and "no picture nowhere.png" in capsys.readouterr().out
 
 
+def test_tab_offers_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path("a b").mkdir()
+    for name in ("cat.png", "car [1].png", "it's.png", "a b/dog.png"):
+        Path(name).touch()
+    assert completions("look at ca", 8) == ["car\\ [1].png", "cat.png"]
+    assert completions("car\\ [", 5) == ["[1].png"], "the terminal's word begins at the blank, ours does not"
+    assert completions("a", 0) == ["a\\ b/"] and completions("a\\ b/", 3) == ["b/dog.png"]
+    assert completions("~/it", 0) == ["~/it\\'s.png"] and completions("nothing", 0) == []
+
+
 def talk_through(lines, monkeypatch, capsys):
     talk = Chat(tiny_model(), TOKENIZER)
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
@@ -153,12 +331,12 @@ def test_nothing_typed_ends_the_conversation(monkeypatch, capsys):
              "x" * 5000 + ".png", "half a character: \udcff", "/" + "y" * 5000, "/clear", "hello", "/quit", "never read"]
     talk, out = talk_through(lines, monkeypatch, capsys)
     assert "nowhere.png cannot be read" in out and "No closing quotation" in out and "a new conversation" in out
-    assert talk.shown == 0 and talk.cache.images == 0
+    assert not talk.said()[2] and talk.cache.images == 0
 
 
 def test_the_end_of_piped_input_ends_it(monkeypatch, capsys):
     talk, out = talk_through([f"what is {PICTURES[0]}", "and this?"], monkeypatch, capsys)
-    assert talk.shown == 1 and talk.cache.images == 17
+    assert len(talk.said()[2]) == 1 and talk.cache.images == 17
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(monkeypatch, capsys):
@@ -175,6 +353,63 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(monkeypatch, capsys)
     expected = encode([Turn("what?", None)], TOKENIZER, 17).input_ids.tolist() + [5, 7, 2]
     expected += encode([Turn("again?", None)], TOKENIZER, 17, shown=0).input_ids.tolist()
     assert talk.cache.length == len(expected)
+
+
+def test_commands(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    talk, out = talk_through(["/undo", "/look", "/save", "/image " + PICTURES[0], PICTURES[1], "well?", "/look", "more", "/undo",
+                              "/save talk.json", "/save no/talk.json", "/image nowhere.png", f"{PICTURES[2]} nowhere.png?"],
+                             monkeypatch, capsys)
+    assert "(nothing has been said)" in out and "(no picture has been shown)" in out and "(taken back: more)" in out
+    assert [r.turn.images for r in talk.rounds] == [PICTURES[:2], PICTURES[2:3]]
+    assert "(1 pictures attached to the next question)" in out and "(2 rounds" not in out and "(1 rounds in talk.json)" in out
+    assert "of the attention; look-2.png)" in out and "No such file or directory: 'no/" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["look-1.png", "look-2.png", "talk.json"]
+    assert len(list(own("talk.json", None, None))) == 1
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("TALKS", 1))))
+def test_random_rounds_never_end_it_and_the_cache_stays_right(seed, monkeypatch, capsys, tmp_path):
+    """ROUNDS lines (1,000 by hand) of commands, pictures, garbage, control characters, with interrupts at random times"""
+    monkeypatch.chdir(tmp_path)
+    Path("broken.png").write_bytes(b"\x89PNG")
+    model, dice, rounds = tiny_model(), random.Random(seed), int(os.environ.get("ROUNDS", 60))
+    model.language_model.config.max_position_embeddings = 400
+    talk, known = Chat(model, TOKENIZER, 20 * 17 * 1024), [*PICTURES, "broken.png", "nowhere.png", "file://%ff.png"]
+
+    def line():
+        garbage = "".join(chr(dice.choice([dice.randrange(32), dice.randrange(127, 160), dice.randrange(0xd800), 0xdcff])) for _ in range(30))
+        return dice.choice([
+            f"What is {dice.choice(known)} and {dice.choice(known)}?", "and now?", "why ### Answer: </s><image>?", garbage, "/undo", "/look",
+            "/clear" if dice.random() < 0.1 else "so?", f"/save {dice.choice(['a.json', 'no/a.json', ''])}", "/image " + dice.choice(known),
+            "/image 'unclosed", garbage + ".png", dice.choice("abc ") * dice.randrange(3000), "/" + garbage, f"/image {garbage}", "/help"])
+
+    lines, stop, parent = [line().replace("\n", "") for _ in range(rounds)], threading.Event(), os.getpid()
+
+    def interrupts():
+        while not stop.wait(random.Random().expovariate(30)):
+            os.kill(parent, signal.SIGINT)
+
+    read, left = [], iter(lines)
+
+    def typed(prompt):
+        for text in left:
+            read.append(text)
+            return text
+        stop.set()
+        pesterer.join()
+        raise EOFError
+    monkeypatch.setattr("builtins.input", typed)
+    pesterer = threading.Thread(target=interrupts)
+    monkeypatch.setattr(signal, "signal", lambda number, handler, set_=signal.signal: (set_(number, handler), pesterer.start()
+                                                                                      if not pesterer.ident else None)[0])
+    repl(talk, ARGS)
+    out = capsys.readouterr().out
+    print(f"{len(read)} lines, {out.count('(stopped')} stopped, {out.count('let go:')} times the context was full")
+    assert len(read) == rounds and out.count("(stopped") > rounds / 100
+    if not talk.rounds:
+        talk.ask("and now?", PICTURES[:1])
+    assert_cache_is_one_pass(talk)
 
 
 def test_scripts_write_the_csv_of_the_original(tmp_path):
