@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from data import Tokenizer, Turn, encode, printable
 from mmca import IMAGE, TEXT, image_term
-from model import KVCache, VisualChat, choose_device, rotate
+from model import KVCache, VisualChat, choose_device, lay_out, rotate
 from vision import InputError, ViT, load_image, positive, preprocess, read_json
 
 HELP = """Write a question. A word that is a picture file is attached to it (quote a path with blanks).
@@ -81,6 +81,7 @@ class Chat:
         self.cache = KVCache(language.config, self.context, list(language.devices) or self.device, weight.dtype)
         self.known = OrderedDict()  # sha256 of a picture file -> what is kept of it, the least recently used first
         self.head = encode([], tokenizer, model.image_tokens).input_ids.tolist()  # `<s>` and the system's words
+        lay_out(model.language_model)
         self.clear()
 
     def clear(self):

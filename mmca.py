@@ -68,11 +68,13 @@ class Rows:
     index: torch.Tensor | None = None
     real: torch.Tensor | None = None
 
-    def take(self, x):
-        """x (B, T, ...) -> (B, n, ...)"""
+    def take(self, x, dim=1):
+        """x (B, T, ...), or with T at dim -> (B, n, ...)"""
         if self.index is None:
-            return x[:, :self.n]
-        return x.flatten(0, 1).index_select(0, self.index).unflatten(0, (len(x), self.n))
+            return x if self.n == x.shape[dim] else x.narrow(dim, 0, self.n)
+        x = x.transpose(1, dim)
+        x = x.flatten(0, 1).index_select(0, self.index).unflatten(0, (len(x), self.n))       # (B, n, ...)
+        return x.transpose(1, dim)
 
     def put(self, x, rows):
         """x (B, T, ...) with the members replaced by rows (B, n, ...)"""
@@ -165,6 +167,14 @@ def _spans(seen, shortest=32):
     return spans
 
 
+def _attention(q, k, v, mask=None, is_causal=False):
+    """softmax(QK') V by torch. Where one query sees all, heads that share keys are queries of one head: it is faster."""
+    if q.shape[2] != 1 or mask is not None or k.shape[1] == q.shape[1]:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=k.shape[1] < q.shape[1])
+    shared = q.reshape(len(k), k.shape[1], -1, q.shape[3])                                   # (B, K, H / K, d)
+    return F.scaled_dot_product_attention(shared, k, v).view(*q.shape[:3], -1)               # (B, H, 1, d)
+
+
 def image_term(q, k, v, pattern):
     """softmax(QK' . M2) V for the text rows: q (B, H, n, d), k and v (B, K, image keys, d) -> (B, H, n, d)"""
     parts = []
@@ -172,8 +182,7 @@ def image_term(q, k, v, pattern):
         if not seen:
             parts.append(torch.zeros_like(q[:, :, start:stop]))
             continue
-        part = F.scaled_dot_product_attention(q[:, :, start:stop], k[:, :, -seen:], v[:, :, -seen:], attn_mask=mask,
-                                              enable_gqa=k.shape[1] < q.shape[1])            # (B, H, span, d)
+        part = _attention(q[:, :, start:stop], k[:, :, -seen:], v[:, :, -seen:], mask)       # (B, H, span, d)
         parts.append(part if mask is None else part.masked_fill(pattern.blind[:, :, start:stop], 0))
     return torch.cat(parts, 2) if parts else torch.zeros_like(q)                             # (B, H, n, d)
 
@@ -185,25 +194,22 @@ def attend(q, k, v, pattern, cache=None):
     (B, K, Tk, d) -> (B, H, Tq, d); padding rows hold anything finite. kind "cross": the M1 term alone, since the M2
     term is the added layers'. With a `cache` (`KVCache.layer`), k and v are those of the Tq new positions and the
     earlier ones come from it."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                         # (B, T, H or K, d)
     text, image = (pattern.keys, pattern.images) if cache is None else (pattern.queries, pattern.new_images)
-
-    queries = pattern.queries.take(q).transpose(1, 2)                                        # (B, H, n, d)
-    keys, values = (text.take(x).transpose(1, 2) for x in (k, v))                            # (B, K, text keys, d)
+    queries = pattern.queries.take(q, 2)                                                     # (B, H, n, d)
+    keys, values = text.take(k, 2), text.take(v, 2)                                          # (B, K, text keys, d)
     if cache is not None:
         keys, values = cache.add_text(keys, values)
-    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=pattern.text_mask,
-                                         is_causal=pattern.is_causal, enable_gqa=k.shape[2] < q.shape[2])  # the M1 term
+    out = _attention(queries, keys, values, pattern.text_mask, pattern.is_causal)            # (B, H, n, d), the M1 term
     if pattern.kind == "mmca" and pattern.images.n:
-        keys, values = (image.take(x).transpose(1, 2) for x in (k, v))                       # (B, K, image keys, d)
+        keys, values = image.take(k, 2), image.take(v, 2)                                    # (B, K, image keys, d)
         if cache is not None:
             keys, values = cache.add_images(keys, values)
         out = out + image_term(queries, keys, values, pattern)                               # (B, H, n, d)
-    if pattern.queries.index is None and pattern.queries.n == q.shape[1]:
+    if pattern.queries.index is None and pattern.queries.n == q.shape[2]:
         return out  # text alone
-    new, group = v.shape[1] - q.shape[1], q.shape[2] // v.shape[2]
-    own = v[:, new:, :, None].expand(-1, -1, -1, group, -1).flatten(2, 3)                    # (B, Tq, H, d)
-    return pattern.queries.put(own, out.transpose(1, 2)).transpose(1, 2)                     # (B, H, Tq, d)
+    new, group = v.shape[2] - q.shape[2], q.shape[1] // v.shape[1]
+    own = v[:, :, new:].repeat_interleave(group, 1)                                          # (B, H, Tq, d)
+    return pattern.queries.put(own.transpose(1, 2), out.transpose(1, 2)).transpose(1, 2)     # (B, H, Tq, d)
 
 
 def _check(query_modality, key_modality, kind):

@@ -103,36 +103,58 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         """x (..., D) -> (..., D)"""
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 def rotary(positions, config, dtype):
-    """cos and sin of position x frequency (arXiv:2104.09864). positions (B, T) -> two of (B, 1, T, d)"""
+    """cos of position x frequency, twice, and -sin, sin of it (arXiv:2104.09864). positions (B, T) -> (B, 1, T, d), two"""
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
     angles = positions[:, None, :, None].float() / config.rope_theta ** exponent             # (B, 1, T, d / 2)
-    angles = torch.cat([angles, angles], -1)                                                 # (B, 1, T, d)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)         # (B, 1, T, d), two
 
 
 def rotate(x, cos, sin):
     """Turn the pair (x[i], x[i + d/2]) by its angle: Hugging Face's order; Meta's files pair 2i with 2i + 1.
     x (B, H, T, d) -> (B, H, T, d)"""
-    left, right = x.chunk(2, -1)                                                             # (B, H, T, d / 2)
-    return x * cos + torch.cat([-right, left], -1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
-class Linear(nn.Linear):
-    """y = x W'. A token costs the time of reading the weights, and torch's product of one row with a matrix reads them
-    with one core of a CPU: here one row of float32 is multiplied in as many parts as there are threads."""
+def together(x, *linears):
+    """x (..., in) through several linear layers -> a list of (..., out). See `lay_out` for what happens to one row."""
+    joint = getattr(linears[0], "joint", None)  # (parts, in / parts, out of all) or (parts, in, out of all / parts)
+    if joint is None or x.numel() > x.shape[-1]:
+        return [linear(x) for linear in linears]
+    parts, rows, _ = joint.shape
+    if rows < x.shape[-1]:
+        y = torch.bmm(x.view(parts, 1, rows), joint).sum(0)                                  # (1, out of all)
+    else:
+        y = torch.bmm(x.view(1, 1, rows).expand(parts, 1, rows), joint)                      # (parts, 1, out / parts)
+    return y.view(*x.shape[:-1], -1).split([linear.out_features for linear in linears], -1)
 
-    def forward(self, x):
-        """x (..., in) -> (..., out)"""
-        parts, one = torch.get_num_threads(), x.numel() == self.in_features
-        if not one or self.out_features % parts or x.device.type != "cpu" or x.dtype != torch.float32:
-            return F.linear(x, self.weight)
-        weight = self.weight.view(parts, -1, self.in_features).transpose(1, 2)               # (parts, in, out / parts)
-        return torch.bmm(x.view(1, 1, -1).expand(parts, 1, -1), weight).view(*x.shape[:-1], -1)  # (..., out)
+
+def lay_out(llama):
+    """Lay weights in float32 on a CPU out for the decoding of one row; names and values stay, no memory is added.
+
+    A token takes as long as it takes to read all weights, and torch multiplies one row with one core, in short runs
+    through memory. Here the matrices that multiply the same row lie side by side, their longer side contiguous, in one
+    part for each core (`together`)."""
+    groups, parts = [[llama.lm_head]], torch.get_num_threads()
+    for layer in llama.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        groups += [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj]]
+        groups += [[mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+    for linears in groups:
+        if linears[0].weight.device.type != "cpu" or linears[0].weight.dtype != torch.float32:
+            continue
+        whole = torch.cat([linear.weight.data for linear in linears])                        # (out of all, in)
+        out, rows = whole.shape
+        wide = out > rows
+        whole = whole.t().contiguous() if wide else whole.t()                                # (in, out of all)
+        for linear, columns in zip(linears, whole.split([linear.out_features for linear in linears], 1)):
+            linear.weight.data = columns.t()
+        n = parts if (rows if wide else out) % parts == 0 else 1
+        linears[0].joint = whole.view(n, -1, out) if wide else whole.t().view(n, -1, rows).transpose(1, 2)
 
 
 class LlamaAttention(nn.Module):
@@ -142,15 +164,15 @@ class LlamaAttention(nn.Module):
         super().__init__()
         D, d, H, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
         self.d = d
-        self.q_proj, self.k_proj = Linear(D, H * d, bias=False), Linear(D, K * d, bias=False)
-        self.v_proj, self.o_proj = Linear(D, K * d, bias=False), Linear(H * d, D, bias=False)
+        self.q_proj, self.k_proj = nn.Linear(D, H * d, bias=False), nn.Linear(D, K * d, bias=False)
+        self.v_proj, self.o_proj = nn.Linear(D, K * d, bias=False), nn.Linear(H * d, D, bias=False)
 
     def forward(self, x, cos, sin, pattern, cache=None):
         """x (B, T, D), cos and sin (B, 1, T, d) -> (B, T, D)"""
-        q, k, v = (proj(x).unflatten(2, (-1, self.d)).transpose(1, 2)                        # (B, H or K, T, d)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (rows.unflatten(2, (-1, self.d)).transpose(1, 2)                           # (B, H or K, T, d)
+                   for rows in together(x, self.q_proj, self.k_proj, self.v_proj))
         out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, pattern, cache)            # (B, H, T, d)
-        return self.o_proj(out.transpose(1, 2).flatten(2))                                   # (B, T, D)
+        return together(out.transpose(1, 2).flatten(2), self.o_proj)[0]                      # (B, T, D)
 
 
 class LlamaMLP(nn.Module):
@@ -159,12 +181,13 @@ class LlamaMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, F_ = config.hidden_size, config.intermediate_size
-        self.gate_proj, self.up_proj = Linear(D, F_, bias=False), Linear(D, F_, bias=False)
-        self.down_proj = Linear(F_, D, bias=False)
+        self.gate_proj, self.up_proj = nn.Linear(D, F_, bias=False), nn.Linear(D, F_, bias=False)
+        self.down_proj = nn.Linear(F_, D, bias=False)
 
     def forward(self, x):
         """x (B, T, D) -> (B, T, D)"""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = together(x, self.gate_proj, self.up_proj)                                 # (B, T, F), (B, T, F)
+        return together(F.silu(gate) * up, self.down_proj)[0]
 
 
 class LlamaLayer(nn.Module):
@@ -274,7 +297,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.model = LlamaModel(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -479,7 +502,7 @@ class VisualChat(nn.Module):
         held = cache.length
         who = pattern(modality, cache.append(modality), self.attention)
         positions = torch.arange(held, held + input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
-        if self.attention == "mmca":
+        if self.attention == "mmca" and pictures:
             starts, text = positions[modality == IMAGE][::self.image_tokens], modality[0] == TEXT    # (N), (T)
             if len(starts) != len(pictures):
                 raise InputError(f"{len(starts)} pictures in the tokens, {len(pictures)} given")
@@ -490,7 +513,7 @@ class VisualChat(nn.Module):
         x = self.embed(input_ids, modality, torch.stack(pictures) if pictures else None)     # (1, T, D)
         x = self.language_model.model(x, positions, who, cache, self.cross_attention)        # (1, T, D)
         head = self.language_model.lm_head
-        logits = head(x[0, -1].to(head.weight.device)).float()                               # (V)
+        logits = together(x[0, -1].to(head.weight.device), head)[0].float()                  # (V)
         cache.advance(who)  # last: until here an interrupt leaves the cache as it was
         return logits
 

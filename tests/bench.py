@@ -5,6 +5,8 @@
     python tests/bench.py data      reading pictures for training against Pillow alone; picture files of gigabytes
     python tests/bench.py vision    CLIP's ViT-L/14 against transformers' (where that is installed)
     python tests/bench.py qwen      Qwen-VL's 2B encoder from ten shards in bfloat16: time and memory; writes 4 GB to TMPDIR
+    python tests/bench.py chat      time to the first token with and without what is kept; tokens per second against
+                                    transformers (where it is installed) and against the memory's rate; memory
     python tests/bench.py scale     a model of 1 GB over two processes with ZeRO-3: memory while it is loaded and saved
 """
 import argparse
@@ -20,9 +22,10 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +37,10 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train  # noqa: E402
+from chat import Chat  # noqa: E402
 from data import Samples, Tokenizer, Turn, collate, read_datasets  # noqa: E402
 from mmca import IMAGE, PAD, TEXT, attend, attend_explicit, attention_matrix, pattern  # noqa: E402
-from model import VISION, Llama, LlamaConfig, make_vit, plain_weights, save_weights, write_json  # noqa: E402
+from model import VISION, KVCache, Llama, LlamaConfig, VisualChat, make_vit, plain_weights, save_weights, write_json  # noqa: E402
 from vision import CLIP_PREPROCESSING, ViT, ViTConfig  # noqa: E402
 
 
@@ -273,10 +277,154 @@ def scale_process(args):
     stop.set()
 
 
+class Words(Tokenizer):
+    """The fixtures' tokenizer for a model with a larger vocabulary, all of which it may say"""
+    size = 49152
+
+    def __len__(self):
+        return self.size
+
+
+def chat_model():
+    """A LLaMA of the shape of SmolLM-135M (head and embedding apart) behind CLIP's ViT-L/14, random weights, MMCA"""
+    torch.manual_seed(0)
+    language = LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+                           head_dim=64, vocab_size=Words.size, max_position_embeddings=4096)
+    tower = ViTConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224, patch_size=14)
+    model = VisualChat(ViT(tower), Llama(language)).eval()
+    model.language_model.lm_head.weight.data[2] = 0  # never `</s>`: all answers are of one length
+    model.preprocessing = {"size": 224, "crop_size": 224, **CLIP_PREPROCESSING}
+    return model, Words(Path(__file__).parent / "fixtures/tokenizer.model")
+
+
+def stopwatch(model, names):
+    """Take the time of some of a model's methods -> a dict of seconds that grows"""
+    spent = dict.fromkeys(names, 0.0)
+
+    def watched(name, method):
+        def run(*args):
+            began = time.perf_counter()
+            result = method(*args)
+            spent[name] += time.perf_counter() - began
+            return result
+        return run
+
+    for name in names:
+        setattr(model, name, watched(name, getattr(model, name)))
+    return spent
+
+
+def bench_chat(args):
+    """Ten rounds, known pictures, decoding, memory"""
+    model, tokenizer = chat_model()
+    language, config = model.language_model, model.language_model.config
+    print(f"\na LLaMA of {sum(p.numel() for p in language.parameters()) / 1e6:.0f}M parameters, ViT-L/14 (257 tokens a picture), random weights, MMCA")
+    spent = stopwatch(model, ["encode_images", "read_picture", "read"])
+
+    def ask(talk, question, images, prepare=lambda: None):
+        """One round -> (seconds to the first token and of the parts up to it, the answer's 24 tokens)"""
+        spent.update(dict.fromkeys(spent, 0.0))
+        began = time.perf_counter()
+        prepare()
+        tokens = talk.ask(question, images, 24)
+        first = next(tokens)
+        return [time.perf_counter() - began, *spent.values()], [first, *tokens]
+
+    def forget():  # everything is computed again, as the original does
+        anew.clear()
+        anew.known.clear()
+        anew.rounds = [replace(r, ids=list(r.ids), pictures=[anew.look_at(path) for path in r.turn.images]) for r in talk.rounds]
+
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = [f"{folder}/{n}.jpg" for n in range(13)]
+        for n, file in enumerate(pictures):
+            Path(file).write_bytes(photograph(n))
+        talk, anew = Chat(model, tokenizer), Chat(model, tokenizer)
+        ask(talk, "Warm up.", pictures[12:])
+        talk.clear()
+        print("seconds to the first token (vision tower, decoder on pictures, decoder on words):")
+        for n in range(10):
+            question, shown = f"And what is to be seen in round number {n}, please?", pictures[n // 2:n // 2 + 1] if n in (0, 2, 4, 6) else []
+            again, expected = ask(anew, question, shown, forget)
+            ours, said = ask(talk, question, shown)
+            assert said == expected, "the answers differ"
+            print(f"  round {n + 1:2}, {len(talk.said()[0]):4} tokens: {ours[0]:6.3f} ({', '.join(f'{part:.3f}' for part in ours[1:])});   everything again"
+                  f" {again[0]:7.3f} ({', '.join(f'{part:.3f}' for part in again[1:])});   {again[0] / ours[0]:6.1f} times; same answer")
+        for what in ("read anew", "known    "):
+            talk.clear()
+            parts, answer = ask(talk, "What do these have in common?", pictures[4:12])
+            print(f"  8 pictures after /clear, {what}: {parts[0]:7.3f} ({', '.join(f'{part:.3f}' for part in parts[1:])})")
+
+    ids, one = torch.randint(3, config.vocab_size, (1, 300)), torch.tensor([[TEXT]])
+    cache, texts, steps = KVCache(config, 512, torch.device("cpu"), torch.float32), torch.full_like(ids, TEXT), 32
+    large, row, outputs = torch.randn(8192, 16384), torch.randn(1, 1, 16384), {}
+    halves = large.view(args.threads, -1, 16384).transpose(1, 2), row.expand(args.threads, 1, -1)
+
+    def ours(count):
+        cache.truncate(0)
+        said, logits = [], model.read(ids, texts, cache)
+        for n in range(count):
+            said.append(int(logits.argmax()))
+            if n + 1 < count:
+                logits = model.read(torch.tensor([said[-1:]]), one, cache)
+        outputs["ours"] = said
+
+    runs = {"one": partial(ours, 1), "all": partial(ours, steps + 1), "mv": lambda: torch.mv(large, row[0, 0]), "bmm": lambda: torch.bmm(halves[1], halves[0])}
+    if find_spec("transformers"):
+        from transformers import LlamaConfig as TheirConfig
+        from transformers import LlamaForCausalLM
+        theirs = LlamaForCausalLM(TheirConfig(**asdict(config), eos_token_id=None)).eval()
+        theirs.load_state_dict(language.state_dict())
+
+        def generate(count):
+            outputs["theirs"] = theirs.generate(ids, attention_mask=texts, max_new_tokens=count, do_sample=False, pad_token_id=0)[0, 300:].tolist()
+        runs.update({"their one": partial(generate, 1), "their all": partial(generate, steps + 1)})
+    with torch.inference_mode():
+        times = dict(zip(runs, medians(list(runs.values()), args.rounds)))
+    token = (times["all"] - times["one"]) / steps
+    read = 4 * (sum(p.numel() for p in language.parameters()) - language.model.embed_tokens.weight.numel())
+    read += 2 * 4 * (300 + steps // 2) * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    print(f"\ndecoding after 300 tokens, {read / 1e6:.0f} MB of weights and cache read for a token")
+    print(f"  chat                {1 / token:6.1f} tokens/s, {1000 * token:5.1f} ms")
+    if "their all" in times:
+        assert outputs["ours"] == outputs["theirs"], "the answers differ"
+        their = (times["their all"] - times["their one"]) / steps
+        print(f"  transformers {version('transformers')} {1 / their:6.1f} tokens/s, {1000 * their:5.1f} ms; chat is {their / token:.2f} times as fast; same answer")
+    for name, what in (("mv", "torch.mv with a matrix of 0.5 GB"), ("bmm", "the same in one part for each thread")):
+        rate = large.nbytes / times[name]
+        print(f"  the limit by {what}, {rate / 1e9:.1f} GB/s: {1000 * read / rate:.1f} ms; chat reaches {read / rate / token:.0%}")
+    subprocess.run([sys.executable, __file__, "chat_memory", "--threads", str(args.threads)], check=True,
+                   env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})  # what is freed goes back to the system
+
+
+def chat_memory(args):
+    """What tokens and pictures of a conversation add to a process's anonymous memory"""
+    model, tokenizer = chat_model()
+    config, talk = model.language_model.config, Chat(model, tokenizer)
+    each = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = [f"{folder}/{n}.jpg" for n in range(9)]
+        for n, file in enumerate(pictures):
+            Path(file).write_bytes(photograph(n))
+        list(talk.ask("Warm up.", pictures[8:], 8))
+        print("\nmemory of a conversation (RssAnon)")
+        before, held = anonymous(os.getpid()), talk.cache.length
+        for _ in range(10):
+            list(talk.ask("Go on. " * 20, [], 40))
+        grown, tokens = anonymous(os.getpid()) - before, talk.cache.length - held
+        print(f"  {tokens} tokens of text: {grown / tokens:9,.0f} bytes a token; by the formula 2 L K d x 4 bytes: {each:,}")
+        talk.clear()
+        before = anonymous(os.getpid())
+        for path in pictures[:8]:
+            talk.look_at(path)
+        grown = anonymous(os.getpid()) - before
+        print(f"  8 pictures kept:     {grown / 8:10,.0f} bytes a picture; by the formula 257 x 2 L K d x 4 bytes: {257 * each:,}")
+
+
 def main():
     """The command line"""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["mmca", "data", "vision", "qwen", "scale", "scale_process"])
+    parser.add_argument("what", choices=["mmca", "data", "vision", "qwen", "scale", "scale_process", "chat", "chat_memory"])
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=9, help="medians of so many")
@@ -285,8 +433,10 @@ def main():
     torch.set_num_threads(args.threads)
     if args.what == "scale_process":
         return scale_process(args)
+    if args.what == "chat_memory":
+        return chat_memory(args)
     print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, float32")
-    {"mmca": bench_mmca, "data": bench_data, "vision": bench_vision, "qwen": bench_qwen, "scale": bench_scale}[args.what](args)
+    {"mmca": bench_mmca, "data": bench_data, "vision": bench_vision, "qwen": bench_qwen, "scale": bench_scale, "chat": bench_chat}[args.what](args)
 
 
 if __name__ == "__main__":

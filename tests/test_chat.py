@@ -263,7 +263,7 @@ def test_a_bad_picture_or_a_full_cache_changes_nothing(monkeypatch):
     with pytest.raises(InputError, match="too long for a context of 2048"):
         list(talk.ask("long " * 5000))
     with monkeypatch.context() as patch:
-        patch.setattr(talk.model.language_model.lm_head, "forward", lambda x: 1 / 0)  # at the end of reading, pictures placed
+        patch.setattr(talk.model.language_model.model.norm, "forward", lambda x: 1 / 0)  # late, when pictures are placed
         with pytest.raises(ZeroDivisionError):
             talk.ask("And this?", PICTURES[1:3])
     assert state == (talk.cache.length, talk.said())
