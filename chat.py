@@ -121,7 +121,7 @@ class Chat:
         return self.model.read(*new, self.cache, pictures[known:])
 
     def ask(self, question, images=(), max_new_tokens=256, temperature=0.0, top_p=1.0, generator=None):
-        """One round: reads a question and picture files -> a generator of the answer's token ids, without the end token.
+        """One round: reads question and picture files -> a generator of the answer's token ids, without the end token.
 
         Where the context is full the oldest rounds are let go, until a quarter of it is free, and what is left is read
         anew, as if the conversation had begun there (`notice` names them). The conversation is consistent wherever the
@@ -183,6 +183,8 @@ class Chat:
 
     def save(self, file):
         """Write the conversation as JSON that data.py reads: pictures are named relative to the file"""
+        if not self.rounds:
+            raise InputError("nothing has been said")
         folder = os.path.dirname(os.path.abspath(file))
         turns = [{"images": [os.path.relpath(image, folder) for image in r.turn.images], "question": r.turn.question,
                   "answer": self.tokenizer.decode([i for i in r.ids[len(r.modality):] if i != self.tokenizer.eos])}
@@ -320,7 +322,7 @@ def repl(chat, args):
         elif command == "/look":
             for number, path, weights in chat.look():
                 spotlight(path, weights, chat.model).save(f"look-{number}.png")
-                print(printable(f"(image {number}, {path}: {weights.sum():.0%} of the attention; look-{number}.png)"))
+                print(printable(f"(image {number}, {path}: {weights.sum():.0%} of what was looked at; look-{number}.png)"))
         elif command == "/image":
             for path in map(os.path.expanduser, shlex.split(rest)):
                 chat.look_at(path)
@@ -352,7 +354,10 @@ def repl(chat, args):
                 obey(input("\n> "))
                 armed = False
             except EOFError:
+                print()
                 return
+            except BrokenPipeError:  # an OSError too, but nobody would read its message
+                raise
             except KeyboardInterrupt:
                 print(" (stopped; /quit or Ctrl-D leaves)")
             except (ValueError, OSError, RuntimeError) as error:  # InputError is a ValueError
@@ -360,7 +365,6 @@ def repl(chat, args):
                 print(printable(f"({error})"))
     finally:
         signal.signal(signal.SIGINT, before)
-        print()
 
 
 def split_paths(pictures):
@@ -381,7 +385,7 @@ def write_whole(file, text):
 
 def run_script(chat, script, out, args):
     """Answer a JSON file of dialogues, {"name": [["question", "a.jpg 'b c.jpg'"], ["follow-up"]]}, picture paths
-    relative to it, to a CSV with the columns test_name, image_path, question, answer; written when whole."""
+    relative to it, to a CSV with the columns test_name, image_path, question, answer."""
     dialogues, rows, script, out = read_json(script), [], Path(script), Path(out)
     if out.is_dir() or not out.parent.is_dir():
         raise InputError(f"--out {out} cannot be written: name a file in a folder that exists")
@@ -393,18 +397,20 @@ def run_script(chat, script, out, args):
                 if not (script.parent / path).is_file():
                     raise InputError(f"{script}: {name!r} shows {path}, and there is no picture {script.parent / path}")
     generator = torch.Generator().manual_seed(args.seed)
-    for name, rounds in tqdm(dialogues.items(), unit="dialogue"):
-        chat.clear()
-        for question, *pictures in rounds:
-            paths = [str(script.parent / path) for path in split_paths(pictures)]
-            tokens = chat.ask(question, paths, args.max_new_tokens, args.temperature, args.top_p, generator)
-            if chat.notice:
-                tqdm.write(printable(f"{name}: {chat.notice}"), sys.stderr)
-            rows.append([name, *(pictures or [""]), question, chat.tokenizer.decode(list(tokens))])
-    table = io.StringIO()
-    csv.writer(table).writerows([["test_name", "image_path", "question", "answer"], *rows])
-    write_whole(out, table.getvalue())
-    print(f"{len(rows)} answers in {out}")
+    try:
+        for name, rounds in tqdm(dialogues.items(), unit="dialogue"):
+            chat.clear()
+            for question, *pictures in rounds:
+                paths = [str(script.parent / path) for path in split_paths(pictures)]
+                tokens = chat.ask(question, paths, args.max_new_tokens, args.temperature, args.top_p, generator)
+                if chat.notice:
+                    tqdm.write(printable(f"{name}: {chat.notice}"), sys.stderr)
+                rows.append([name, *(pictures or [""]), question, chat.tokenizer.decode(list(tokens))])
+    finally:  # a broken picture, Ctrl-C: what has been answered is not lost
+        table = io.StringIO()
+        csv.writer(table).writerows([["test_name", "image_path", "question", "answer"], *rows])
+        write_whole(out, table.getvalue())
+        print(f"{len(rows)} answers in {out}")
 
 
 def main():
@@ -442,6 +448,8 @@ def main():
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("\nchat.py: stopped")
+    except BrokenPipeError:  # who read the answers has gone; what is still buffered is for nobody
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

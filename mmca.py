@@ -168,7 +168,7 @@ def _spans(seen, shortest=32):
 
 
 def _attention(q, k, v, mask=None, is_causal=False):
-    """softmax(QK') V by torch. Where one query sees all, heads that share keys are queries of one head: it is faster."""
+    """softmax(QK') V by torch. Where one query sees all, heads that share keys are queries of one: that is faster."""
     if q.shape[2] != 1 or mask is not None or k.shape[1] == q.shape[1]:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=k.shape[1] < q.shape[1])
     shared = q.reshape(len(k), k.shape[1], -1, q.shape[3])                                   # (B, K, H / K, d)

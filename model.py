@@ -107,11 +107,11 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions, config, dtype):
-    """cos of position x frequency, twice, and -sin, sin of it (arXiv:2104.09864). positions (B, T) -> (B, 1, T, d), two"""
+    """cos, cos and -sin, sin of position x frequency (arXiv:2104.09864). positions (B, T) -> two of (B, 1, T, d)"""
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
     angles = positions[:, None, :, None].float() / config.rope_theta ** exponent             # (B, 1, T, d / 2)
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)         # (B, 1, T, d), two
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)         # two of (B, 1, T, d)
 
 
 def rotate(x, cos, sin):

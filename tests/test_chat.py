@@ -357,13 +357,13 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(monkeypatch, capsys)
 
 def test_commands(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    talk, out = talk_through(["/undo", "/look", "/save", "/image " + PICTURES[0], PICTURES[1], "well?", "/look", "more", "/undo",
+    talk, out = talk_through(["/undo", "/look", "/save", "/save a.json", "/image " + PICTURES[0], PICTURES[1], "well?", "/look", "more", "/undo",
                               "/save talk.json", "/save no/talk.json", "/image nowhere.png", f"{PICTURES[2]} nowhere.png?"],
                              monkeypatch, capsys)
     assert "(nothing has been said)" in out and "(no picture has been shown)" in out and "(taken back: more)" in out
     assert [r.turn.images for r in talk.rounds] == [PICTURES[:2], PICTURES[2:3]]
     assert "(1 pictures attached to the next question)" in out and "(2 rounds" not in out and "(1 rounds in talk.json)" in out
-    assert "of the attention; look-2.png)" in out and "No such file or directory: 'no/" in out
+    assert "of what was looked at; look-2.png)" in out and "No such file or directory: 'no/" in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["look-1.png", "look-2.png", "talk.json"]
     assert len(list(own("talk.json", None, None))) == 1
 
@@ -427,6 +427,12 @@ def test_scripts_write_the_csv_of_the_original(tmp_path):
     with pytest.raises(InputError, match="there is no picture .*nowhere.png"):
         run_script(talk, tmp_path / "bad.json", tmp_path / "b.csv", ARGS)
     assert not (tmp_path / "b.csv").exists()
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
+    script["two"].append(["And this?", "broken.png"])
+    (tmp_path / "ask.json").write_text(json.dumps(script))
+    with pytest.raises(InputError, match="broken.png cannot be read"):
+        run_script(talk, tmp_path / "ask.json", tmp_path / "b.csv", ARGS)
+    assert list(csv.reader(open(tmp_path / "b.csv", newline=""))) == rows, "what had been answered is not lost"
 
 
 def test_command_without_a_checkpoint(tmp_path):
