@@ -322,7 +322,8 @@ def repl(chat, args):
         elif command == "/look":
             for number, path, weights in chat.look():
                 spotlight(path, weights, chat.model).save(f"look-{number}.png")
-                print(printable(f"(image {number}, {path}: {weights.sum():.0%} of what was looked at; look-{number}.png)"))
+                share = f"{weights.sum():.0%} of what was looked at"
+                print(printable(f"(image {number}, {path}: {share}; look-{number}.png)"))
         elif command == "/image":
             for path in map(os.path.expanduser, shlex.split(rest)):
                 chat.look_at(path)

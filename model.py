@@ -12,12 +12,13 @@ width, H heads, K key/value heads, d head width, L layers, V vocabulary.
 """
 import argparse
 import json
+import mmap
 import os
 import pickle
 import shutil
 import sys
 from collections import Counter, OrderedDict
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -138,23 +139,30 @@ def lay_out(llama):
 
     A token takes as long as it takes to read all weights, and torch multiplies one row with one core, in short runs
     through memory. Here the matrices that multiply the same row lie side by side, their longer side contiguous, in one
-    part for each core (`together`)."""
+    part for each core (`together`), on large pages of memory where the system has them."""
     groups, parts = [[llama.lm_head]], torch.get_num_threads()
     for layer in llama.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         groups += [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj]]
         groups += [[mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+    groups = [g for g in groups if g[0].weight.device.type == "cpu" and g[0].weight.dtype == torch.float32]
+    size = sum(linear.weight.nbytes for linears in groups for linear in linears)
+    if hasattr(mmap, "MADV_HUGEPAGE") and size:
+        room = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a wish: some kernels are built without large pages
+            room.madvise(mmap.MADV_HUGEPAGE)
+        room = torch.frombuffer(room, dtype=torch.uint8)                                     # (bytes)
+    else:
+        room = torch.empty(size, dtype=torch.uint8)                                          # (bytes)
     for linears in groups:
-        if linears[0].weight.device.type != "cpu" or linears[0].weight.dtype != torch.float32:
-            continue
-        whole = torch.cat([linear.weight.data for linear in linears])                        # (out of all, in)
-        out, rows = whole.shape
+        out, rows = sum(linear.out_features for linear in linears), linears[0].in_features
+        part, room = room[:4 * out * rows].view(torch.float32), room[4 * out * rows:]        # (in x out of all)
         wide = out > rows
-        whole = whole.t().contiguous() if wide else whole.t()                                # (in, out of all)
+        whole = part.view(rows, out) if wide else part.view(out, rows).t()                   # (in, out of all)
         for linear, columns in zip(linears, whole.split([linear.out_features for linear in linears], 1)):
-            linear.weight.data = columns.t()
+            linear.weight.data = columns.copy_(linear.weight.data.t()).t()
         n = parts if (rows if wide else out) % parts == 0 else 1
-        linears[0].joint = whole.view(n, -1, out) if wide else whole.t().view(n, -1, rows).transpose(1, 2)
+        linears[0].joint = part.view(n, -1, out) if wide else part.view(n, -1, rows).transpose(1, 2)
 
 
 class LlamaAttention(nn.Module):

@@ -318,7 +318,8 @@ def bench_chat(args):
     """Ten rounds, known pictures, decoding, memory"""
     model, tokenizer = chat_model()
     language, config = model.language_model, model.language_model.config
-    print(f"\na LLaMA of {sum(p.numel() for p in language.parameters()) / 1e6:.0f}M parameters, ViT-L/14 (257 tokens a picture), random weights, MMCA")
+    size = sum(p.numel() for p in language.parameters()) / 1e6
+    print(f"\na LLaMA of {size:.0f}M parameters, ViT-L/14 (257 tokens a picture), random weights, MMCA; answers of 24 tokens")
     spent = stopwatch(model, ["encode_images", "read_picture", "read"])
 
     def ask(talk, question, images, prepare=lambda: None):
@@ -348,12 +349,12 @@ def bench_chat(args):
             again, expected = ask(anew, question, shown, forget)
             ours, said = ask(talk, question, shown)
             assert said == expected, "the answers differ"
-            print(f"  round {n + 1:2}, {len(talk.said()[0]):4} tokens: {ours[0]:6.3f} ({', '.join(f'{part:.3f}' for part in ours[1:])});   everything again"
-                  f" {again[0]:7.3f} ({', '.join(f'{part:.3f}' for part in again[1:])});   {again[0] / ours[0]:6.1f} times; same answer")
+            kept, again_ = (f"{first:6.2f} ({', '.join(f'{part:.2f}' for part in parts)})" for first, *parts in (ours, again))
+            print(f"  round {n + 1:2}, {len(talk.said()[0]):4} tokens {kept}   everything again {again_}   {again[0] / ours[0]:5.1f} times, same answer")
         for what in ("read anew", "known    "):
             talk.clear()
-            parts, answer = ask(talk, "What do these have in common?", pictures[4:12])
-            print(f"  8 pictures after /clear, {what}: {parts[0]:7.3f} ({', '.join(f'{part:.3f}' for part in parts[1:])})")
+            parts, _ = ask(talk, "What do these have in common?", pictures[4:12])
+            print(f"  8 pictures after /clear, {what} {parts[0]:6.2f} ({', '.join(f'{part:.2f}' for part in parts[1:])})")
 
     ids, one = torch.randint(3, config.vocab_size, (1, 300)), torch.tensor([[TEXT]])
     cache, texts, steps = KVCache(config, 512, torch.device("cpu"), torch.float32), torch.full_like(ids, TEXT), 32
