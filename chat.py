@@ -214,10 +214,12 @@ class Chat:
             weights = image_term(q, k, one_hot.to(k).expand(*k.shape[:2], m, m), who)        # (1, H, T, m)
             total.append(weights.float().mean((0, 1, 2)).cpu())
 
+        start = len(ids) - len(last.ids) + len(last.modality) - 1  # the row from which the answer's first token came
+        if self.cache.length < start:
+            self.read(start)
+        self.cache.truncate(start)
         hooks = [layer.self_attn.register_forward_pre_hook(note) for layer in layers]
         try:
-            start = len(ids) - len(last.ids) + len(last.modality) - 1  # the row of the answer's first token
-            self.cache.truncate(min(self.cache.length, start))
             self.read(max(start + 1, len(ids) - 1))
         finally:
             for hook in hooks:
@@ -377,11 +379,15 @@ def split_paths(pictures):
 
 
 def write_whole(file, text):
-    """Write a text file under another name and rename it when it is whole"""
-    unfinished = Path(file).with_name(f".{Path(file).name}.unfinished")
-    with open(unfinished, "w", newline="", encoding="utf-8") as content:
-        content.write(text)
-    os.replace(unfinished, file)
+    """Write a text file under another name and rename it when it is whole; InputError if the disk does not take it"""
+    unfinished = Path(f"{file}.unfinished")
+    try:
+        with open(unfinished, "w", newline="", encoding="utf-8") as content:
+            content.write(text)
+        os.replace(unfinished, file)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise InputError(f"{file} cannot be written: {error.strerror}") from error
 
 
 def run_script(chat, script, out, args):

@@ -330,7 +330,7 @@ class KVCache:
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for device in devices]   # L times (1, K, length, d)
         self.values = [torch.empty_like(keys) for keys in self.keys]                         # L times (1, K, length, d)
         self.modality = torch.zeros(1, length, dtype=torch.long, device=devices[0])          # (1, length)
-        self.texts = self.images = 0
+        self.texts = self.images = self.placed = 0
 
     @property
     def length(self):
@@ -347,23 +347,24 @@ class KVCache:
         stop = self.length + modality.shape[1]
         if stop > self.modality.shape[1]:
             raise InputError(f"the conversation needs {stop} tokens, and there is room for {self.modality.shape[1]}")
+        self.placed = 0
         self.modality[:, self.length:stop] = modality
         return self.modality[:, :stop]
 
     def place(self, picture, position):
         """Put the P tokens of a picture (`VisualChat.read_picture`) at a position: only now are its keys rotated."""
-        stop = self.modality.shape[1] - self.images
+        stop = self.modality.shape[1] - self.images - self.placed
         new = slice(stop - picture.images, stop)
         positions = torch.arange(position, position + picture.images, device=self.modality.device).flip(0)   # (P)
         cos, sin = rotary(positions[None], self.config, self.keys[0].dtype)                  # (1, 1, P, d)
         for i, (keys, values) in enumerate(zip(picture.keys, picture.values)):
             self.keys[i][:, :, new] = rotate(keys, cos.to(keys.device), sin.to(keys.device))
             self.values[i][:, :, new] = values
-        self.images += picture.images
+        self.placed += picture.images
 
     def advance(self, pattern):
-        """After the last layer: the new tokens count as held (under "causal" all of them as text)."""
-        self.texts, self.images = self.texts + pattern.queries.n, self.images + pattern.new_images.n
+        """After the last layer: only now the new tokens count as held (under "causal" all of them as text)."""
+        self.texts, self.images = self.texts + pattern.queries.n, self.images + self.placed + pattern.new_images.n
 
     def truncate(self, length):
         """Hold the first `length` tokens only"""
@@ -389,7 +390,7 @@ class _CacheLayer:
 
     def add_images(self, keys, values):
         """New image tokens (1, K, n, d), newest first, before the old -> all of them (1, K, images, d)"""
-        stop = self.keys.shape[2] - self.cache.images
+        stop = self.keys.shape[2] - self.cache.images - self.cache.placed
         start = stop - keys.shape[2]
         self.keys[:, :, start:stop], self.values[:, :, start:stop] = keys, values
         return self.keys[:, :, start:], self.values[:, :, start:]
