@@ -26,7 +26,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from glob import escape, glob
 from pathlib import Path
-from urllib.parse import unquote, urlparse
+from urllib.parse import unquote
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ from model import KVCache, VisualChat, choose_device, lay_out, rotate
 from vision import InputError, ViT, load_image, positive, preprocess, read_json
 
 HELP = """Write a question. A word that is a picture file is attached to it (quote a path with blanks).
-  /image a.jpg "b c.png"   attach pictures to the next question
+  /image a.jpg "b c.png"   attach pictures to the next question; alone: no pictures
   /look                    where the last answer looked, drawn over each picture (MMCA)
   /undo                    take the last round back
   /clear                   begin a new conversation; pictures stay known
@@ -71,7 +71,7 @@ class Chat:
     """One conversation with a VisualChat model. `ask` answers; the cache holds the beginning of what was said, mostly
     all of it, and whatever it does not hold is read next time: an interrupt at any place does no harm.
 
-    picture_bytes: the memory for pictures that are known besides those of the conversation."""
+    picture_bytes: the most memory for pictures that are known; those of the conversation stay whatever it is."""
 
     def __init__(self, model, tokenizer, picture_bytes=2e9):
         self.model, self.tokenizer, self.picture_bytes = model, tokenizer, picture_bytes
@@ -93,7 +93,10 @@ class Chat:
         """A picture file -> what is kept of it. By its content it is known wherever it comes again; of all that are
         known the least recently used are forgotten first."""
         try:
-            key = hashlib.sha256(Path(path).read_bytes()).digest()
+            if not Path(path).is_file():  # a device would never end
+                raise FileNotFoundError(None, "no such file")
+            with open(path, "rb") as file:
+                key = hashlib.file_digest(file, "sha256").digest()
         except OSError as error:
             raise InputError(f"picture {path} cannot be read: {error.strerror}") from error
         if key not in self.known:
@@ -157,6 +160,8 @@ class Chat:
             self.cache.truncate(held)
             self.first, self.rounds = before, self.rounds[:len(lengths)]
             raise
+        for gone in self.rounds[:first]:
+            gone.pictures = []
         room = min(max_new_tokens, room - sum(lengths[first:]))
         return self.answer(self.rounds[-1], logits, room, temperature, top_p, generator)
 
@@ -173,7 +178,7 @@ class Chat:
             yield token
 
     def undo(self):
-        """Take the last round back -> its question"""
+        """Take the last round back -> its question; what was let go stays so"""
         if not self.rounds:
             raise InputError("nothing has been said")
         length = len(self.head) + sum(len(r.ids) for r in self.rounds[self.first:-1])
@@ -264,7 +269,7 @@ def attachments(line):
         word = match[0]
         path = word[1:-1] if word[0] in "\"'" else re.sub(r"\\(.)", r"\1", word)
         if path.startswith("file://"):
-            path = unquote(urlparse(path).path)
+            path = unquote(re.sub("^file://[^/]*", "", path))
         if os.path.splitext(path)[1].lower() not in endings:
             return word
         path = os.path.expanduser(path)
@@ -307,6 +312,11 @@ def repl(chat, args):
             armed = False
             raise KeyboardInterrupt
 
+    def attach(paths):
+        for path in paths:
+            chat.look_at(path)
+            attached.append(path)
+
     def obey(line):
         nonlocal attached
         command, _, rest = line.strip().partition(" ")
@@ -318,25 +328,24 @@ def repl(chat, args):
             print("(a new conversation)")
         elif command == "/undo":
             print(printable(f"(taken back: {chat.undo()})"))
-        elif command == "/save" and rest.strip():
-            chat.save(os.path.expanduser(rest.strip()))
-            print(printable(f"({len(chat.rounds)} rounds in {rest.strip()})"))
+        elif command == "/save" and len(paths := shlex.split(rest)) == 1:
+            chat.save(os.path.expanduser(paths[0]))
+            print(printable(f"({len(chat.rounds)} rounds in {paths[0]})"))
         elif command == "/look":
-            for number, path, weights in chat.look():
-                spotlight(path, weights, chat.model).save(f"look-{number}.png")
+            drawn = [(*looked, spotlight(*looked[1:], chat.model)) for looked in chat.look()]
+            for number, path, weights, picture in drawn:
+                picture.save(f"look-{number}.png")
                 share = f"{weights.sum():.0%} of what was looked at"
                 print(printable(f"(image {number}, {path}: {share}; look-{number}.png)"))
         elif command == "/image":
-            for path in map(os.path.expanduser, shlex.split(rest)):
-                chat.look_at(path)
-                attached = [*attached, path]
+            attach(map(os.path.expanduser, shlex.split(rest))) if rest.strip() else attached.clear()
             print(f"({len(attached)} pictures attached to the next question)")
         elif re.fullmatch("/[a-z]*", command):
             print(HELP)
         else:
             pictures, question = attachments(line)
             if not question:
-                attached = attached + pictures
+                attach(pictures)
                 print(f"({len(attached)} pictures attached; ask about them)" if attached else "(ask something)")
                 return
             pictures = attached + pictures
@@ -363,7 +372,7 @@ def repl(chat, args):
                 raise
             except KeyboardInterrupt:
                 print(" (stopped; /quit or Ctrl-D leaves)")
-            except (ValueError, OSError, RuntimeError) as error:  # InputError is a ValueError
+            except (ValueError, OSError, RuntimeError, MemoryError) as error:  # InputError is a ValueError
                 armed = False
                 print(printable(f"({error})"))
     finally:
@@ -382,7 +391,7 @@ def write_whole(file, text):
     """Write a text file under another name and rename it when it is whole; InputError if the disk does not take it"""
     unfinished = Path(f"{file}.unfinished")
     try:
-        with open(unfinished, "w", newline="", encoding="utf-8") as content:
+        with open(unfinished, "w", newline="", encoding="utf-8", errors="replace") as content:
             content.write(text)
         os.replace(unfinished, file)
     except OSError as error:
@@ -431,8 +440,8 @@ def main():
     add("--seed", type=int, default=1234, help="of the draws (%(default)s)")
     add("--device", help="cpu, cuda:0, ... or several with commas between, over which the layers are spread (the best "
         "there is)")
-    add("--picture_memory", type=float, default=2.0, metavar="GB", help="for what is kept of pictures, besides the "
-        "conversation's (%(default)s)")
+    add("--picture_memory", type=float, default=2.0, metavar="GB", help="the most for known pictures; those of the "
+        "conversation stay whatever it is (%(default)s)")
     add("--script", type=Path, metavar="JSON", help="answer the dialogues of this file instead of a person's (none)")
     add("--out", type=Path, default=Path("answers.csv"), metavar="CSV", help="where its answers go (%(default)s)")
     args = parser.parse_args()

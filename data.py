@@ -639,7 +639,8 @@ def arguments(description):
 
 def printable(text):
     """Text without the control characters that a terminal would obey, and without halves of characters"""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text.encode("utf-8", "replace").decode())
+    orders = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069"  # the last ones turn lines around
+    return re.sub(f"[{orders}]", "", text.encode("utf-8", "replace").decode())
 
 
 def render(example, tokenizer, colour=True):

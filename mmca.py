@@ -172,7 +172,7 @@ def _attention(q, k, v, mask=None, is_causal=False):
     if q.shape[2] != 1 or mask is not None or k.shape[1] == q.shape[1]:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=k.shape[1] < q.shape[1])
     shared = q.reshape(len(k), k.shape[1], -1, q.shape[3])                                   # (B, K, H / K, d)
-    return F.scaled_dot_product_attention(shared, k, v).view(*q.shape[:3], -1)               # (B, H, 1, d)
+    return F.scaled_dot_product_attention(shared, k, v).reshape(*q.shape[:3], -1)            # (B, H, 1, d)
 
 
 def image_term(q, k, v, pattern):

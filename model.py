@@ -145,7 +145,8 @@ def lay_out(llama):
         attention, mlp = layer.self_attn, layer.mlp
         groups += [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj]]
         groups += [[mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
-    groups = [g for g in groups if g[0].weight.device.type == "cpu" and g[0].weight.dtype == torch.float32]
+    groups = [linears for linears in groups if isinstance(linears[0], nn.Linear)
+              and linears[0].weight.device.type == "cpu" and linears[0].weight.dtype == torch.float32]
     size = sum(linear.weight.nbytes for linears in groups for linear in linears)
     if hasattr(mmap, "MADV_HUGEPAGE") and size:
         room = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

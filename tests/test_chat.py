@@ -150,6 +150,7 @@ def test_when_the_context_is_full_the_oldest_rounds_are_let_go(kind):
     for n in range(12):
         list(talk.ask(f"What is this, number {n}?", PICTURES[n % 4:n % 4 + 1] if n % 3 == 0 else [], 9))
         assert talk.cache.length < 300 and talk.first >= first and len(talk.rounds) == n + 1
+        assert all(bool(r.pictures) == (bool(r.turn.images) and n >= talk.first) for n, r in enumerate(talk.rounds))
         if talk.first > first:
             said = TOKENIZER.decode(talk.said()[0])
             assert talk.rounds[talk.first].turn.question in said and f"number {talk.first - 1}?" not in said
@@ -359,14 +360,17 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(monkeypatch, capsys)
 
 def test_commands(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
+    Path("broken.png").write_bytes(b"\x89PNG")
     talk, out = talk_through(["/undo", "/look", "/save", "/save a.json", "/image " + PICTURES[0], PICTURES[1], "well?", "/look", "more", "/undo",
-                              "/save talk.json", "/save no/talk.json", "/image nowhere.png", f"{PICTURES[2]} nowhere.png?"],
+                              "/save talk.json", "/save no/talk.json", "/image nowhere.png", "broken.png", "/image", "what is file://[x?", "/undo",
+                              f"/image {PICTURES[3]}", "/image", "/save 'my talk.json'", "/image /dev/zero", f"{PICTURES[2]} nowhere.png?"],
                              monkeypatch, capsys)
     assert "(nothing has been said)" in out and "(no picture has been shown)" in out and "(taken back: more)" in out
     assert [r.turn.images for r in talk.rounds] == [PICTURES[:2], PICTURES[2:3]]
+    assert "broken.png cannot be read" in out and "taken back: what is file://[x?" in out and "/dev/zero cannot be read: no such" in out
     assert "(1 pictures attached to the next question)" in out and "(2 rounds" not in out and "(1 rounds in talk.json)" in out
     assert "of what was looked at; look-2.png)" in out and "(no/talk.json cannot be written: No such file" in out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["look-1.png", "look-2.png", "talk.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.png", "look-1.png", "look-2.png", "my talk.json", "talk.json"]
     assert len(list(own("talk.json", None, None))) == 1
 
 
@@ -430,11 +434,11 @@ def test_scripts_write_the_csv_of_the_original(tmp_path):
         run_script(talk, tmp_path / "bad.json", tmp_path / "b.csv", ARGS)
     assert not (tmp_path / "b.csv").exists()
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
-    script["two"].append(["And this?", "broken.png"])
+    script["two"] += [["And half a \ud83d character?"], ["And this?", "broken.png"]]
     (tmp_path / "ask.json").write_text(json.dumps(script))
     with pytest.raises(InputError, match="broken.png cannot be read"):
         run_script(talk, tmp_path / "ask.json", tmp_path / "b.csv", ARGS)
-    assert list(csv.reader(open(tmp_path / "b.csv", newline=""))) == rows, "what had been answered is not lost"
+    assert list(csv.reader(open(tmp_path / "b.csv", newline="")))[:-1] == rows, "what had been answered is not lost"
 
 
 def test_command_without_a_checkpoint(tmp_path):
