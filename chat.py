@@ -92,9 +92,9 @@ class Chat:
     def look_at(self, path):
         """A picture file -> what is kept of it. By its content it is known wherever it comes again; of all that are
         known the least recently used are forgotten first."""
+        if not Path(path).is_file():  # a device would never end
+            raise InputError(f"picture {path} cannot be read: no such file")
         try:
-            if not Path(path).is_file():  # a device would never end
-                raise FileNotFoundError(None, "no such file")
             with open(path, "rb") as file:
                 key = hashlib.file_digest(file, "sha256").digest()
         except OSError as error:
@@ -141,15 +141,12 @@ class Chat:
                              "or show fewer pictures at once")
         if self.rounds and self.rounds[-1].ids[-1] != self.tokenizer.eos:
             self.rounds[-1].ids.append(self.tokenizer.eos)
-        lengths, first, self.notice = [len(r.ids) for r in self.rounds], self.first, None
-        held, before = self.cache.length, first
-        if sum(lengths[first:]) + min(max_new_tokens, self.context // 4) > room:
-            while sum(lengths[first:]) > max(0, room - self.context // 4):
-                first += 1
-        if first > before:
-            a, b = (sum(len(r.turn.images) for r in self.rounds[:n]) for n in (before, first))
+        before, first, held = (self.first, self.rounds), self.first_that_stays(room, max_new_tokens), self.cache.length
+        self.notice = None
+        if first > self.first:
+            shown, gone = (sum(len(r.turn.images) for r in self.rounds[:n]) for n in (self.first, first))
             names = [f"{what} {', '.join(map(str, range(start + 1, stop + 1)))}" for what, start, stop in
-                     (("round", before, first), ("image", a, b)) if start < stop]
+                     (("round", self.first, first), ("image", shown, gone)) if start < stop]
             self.notice = f"the context of {self.context} tokens is full; let go: {'; '.join(names)}"
             held = min(held, len(self.head))
         try:
@@ -158,12 +155,21 @@ class Chat:
             logits = self.read()
         except BaseException:
             self.cache.truncate(held)
-            self.first, self.rounds = before, self.rounds[:len(lengths)]
+            self.first, self.rounds = before
             raise
-        for gone in self.rounds[:first]:
-            gone.pictures = []
-        room = min(max_new_tokens, room - sum(lengths[first:]))
+        for left in self.rounds[:first]:
+            left.pictures = []
+        room = min(max_new_tokens, self.context - len(self.said()[0]) - 1)
         return self.answer(self.rounds[-1], logits, room, temperature, top_p, generator)
+
+    def first_that_stays(self, room, answer):
+        """Where `room` tokens are left for the rounds so far and an answer of at most `answer`: the first round that
+        stays in the context. If they are too few, rounds go until a quarter of the context is free."""
+        first, lengths = self.first, [len(r.ids) for r in self.rounds]
+        if sum(lengths[first:]) + min(answer, self.context // 4) > room:
+            while sum(lengths[first:]) > max(0, room - self.context // 4):
+                first += 1
+        return first
 
     def answer(self, this, logits, room, temperature, top_p, generator):
         """Logits of the first token -> a generator of at most `room` tokens, each read when the next is asked for"""
@@ -338,7 +344,10 @@ def repl(chat, args):
                 share = f"{weights.sum():.0%} of what was looked at"
                 print(printable(f"(image {number}, {path}: {share}; look-{number}.png)"))
         elif command == "/image":
-            attach(map(os.path.expanduser, shlex.split(rest))) if rest.strip() else attached.clear()
+            paths = [os.path.expanduser(path) for path in shlex.split(rest)]
+            if not paths:
+                attached = []
+            attach(paths)
             print(f"({len(attached)} pictures attached to the next question)")
         elif re.fullmatch("/[a-z]*", command):
             print(HELP)

@@ -208,8 +208,8 @@ def attend(q, k, v, pattern, cache=None):
     if pattern.queries.index is None and pattern.queries.n == q.shape[2]:
         return out  # text alone
     new, group = v.shape[2] - q.shape[2], q.shape[1] // v.shape[1]
-    own = v[:, :, new:].repeat_interleave(group, 1)                                          # (B, H, Tq, d)
-    return pattern.queries.put(own.transpose(1, 2), out.transpose(1, 2)).transpose(1, 2)     # (B, H, Tq, d)
+    own = v.transpose(1, 2)[:, new:, :, None].expand(-1, -1, -1, group, -1).flatten(2, 3)    # (B, Tq, H, d)
+    return pattern.queries.put(own, out.transpose(1, 2)).transpose(1, 2)                     # (B, H, Tq, d)
 
 
 def _check(query_modality, key_modality, kind):

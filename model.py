@@ -108,7 +108,8 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions, config, dtype):
-    """cos, cos and -sin, sin of position x frequency (arXiv:2104.09864). positions (B, T) -> two of (B, 1, T, d)"""
+    """cos and sin of position x frequency for `rotate`, the sin of the first half negative (arXiv:2104.09864).
+    positions (B, T) -> two of (B, 1, T, d)"""
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
     angles = positions[:, None, :, None].float() / config.rope_theta ** exponent             # (B, 1, T, d / 2)
     cos, sin = angles.cos(), angles.sin()
@@ -116,8 +117,8 @@ def rotary(positions, config, dtype):
 
 
 def rotate(x, cos, sin):
-    """Turn the pair (x[i], x[i + d/2]) by its angle: Hugging Face's order; Meta's files pair 2i with 2i + 1.
-    x (B, H, T, d) -> (B, H, T, d)"""
+    """Turn the pair (a, b) = (x[i], x[i + d/2]) by its angle: (a cos - b sin, b cos + a sin). Hugging Face's order;
+    Meta's files pair 2i with 2i + 1. x (B, H, T, d) -> (B, H, T, d)"""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
@@ -331,7 +332,8 @@ class KVCache:
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for device in devices]   # L times (1, K, length, d)
         self.values = [torch.empty_like(keys) for keys in self.keys]                         # L times (1, K, length, d)
         self.modality = torch.zeros(1, length, dtype=torch.long, device=devices[0])          # (1, length)
-        self.texts = self.images = self.placed = 0
+        self.texts = self.images = 0  # tokens held
+        self.placed = 0  # image tokens whose keys and values are there, and which count when the words around them do
 
     @property
     def length(self):
