@@ -59,6 +59,7 @@ def command_line():
     add("--embedding_learning_rate", type=number(float, 0), help="of the word embedding (default: --learning_rate)")
     add("--warmup", type=number(float, 0, 1), default=0.1, help="share of all steps in which the learning rate rises")
     add("--eval_fraction", type=number(float, 0, 1), default=0.1, help="share of the conversations that is held out")
+    add("--eval_path", type=Path, metavar="DIR", help="hold nothing out, but take the same data sets from this folder")
     add("--workers", type=number(int, 0, 65), default=2, metavar="N", help="that read pictures, for each process")
     add("--zero_stage", type=int, choices=[0, 1, 2, 3], default=3, help="what ZeRO spreads over the processes")
     add("--gradient_checkpointing", action="store_true", help="keep each layer's input and compute the rest again in "
@@ -134,7 +135,7 @@ def check_out(args):
     if earlier_run(args.out) and not (args.overwrite or args.resume):
         raise InputError(f"--out {args.out} already holds a run; name another folder, or add --overwrite to replace it "
                          "or --resume to continue it")
-    for folder in (args.language_model, args.vision_model, args.data_path):
+    for folder in filter(None, (args.language_model, args.vision_model, args.data_path, args.eval_path)):
         if args.out.resolve() in folder.resolve().parents:
             raise InputError(f"{folder} lies in --out {args.out}, which this run would replace; name another folder")
 
@@ -146,17 +147,18 @@ def clear_out(out, resumed):
 
 
 FREE = ("out", "resume", "overwrite", "save_every", "save_trained_only", "workers", "micro_batch_size", "local_rank",
-        "gradient_checkpointing", "language_model", "vision_model", "data_path")
+        "gradient_checkpointing", "language_model", "vision_model", "data_path", "eval_path")
 
 
-def identity(args, sets, model):
+def identity(args, sets, held_sets, model):
     """What must be the same when a run is resumed: flags (but for FREE ones, which change no result), the data, the
     names and shapes of what is trained, and the sum of the bytes of each frozen weight, which a state leaves out"""
     same = {"number of processes": dist.get_world_size()}
     same |= {f"--{name}": str(value) for name, value in vars(args).items() if name not in FREE}
     if args.deepspeed_config:
         same["--deepspeed_config"] = read_json(args.deepspeed_config)
-    same |= {f"data ({part.name})": hashlib.sha256(part.drafts.block).hexdigest() for part in sets}
+    same |= {f"{what} ({part.name})": hashlib.sha256(part.drafts.block).hexdigest()
+             for what, parts in (("data", sets), ("held-out data", held_sets)) for part in parts}
     frozen = {name: getattr(p, "ds_tensor", p) for name, p in model.named_parameters() if not p.requires_grad}
     sums = [int(p.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.long)) for p in frozen.values()]
     sums = torch.tensor(sums, device=model.language_model.model.norm.weight.device)  # where offloaded weights are not
@@ -355,10 +357,10 @@ def next_step(loader, accumulation, device):
 
 @torch.no_grad()
 def evaluate(engine, loader, accumulation, device, note):
-    """Held-out conversations -> mean loss of a trained token; share of answers whose every token, end token too, is the
-    model's first choice: exact match under greedy decoding, without generating. None if nothing is held out"""
+    """Held-out conversations -> loss, trained tokens, exact answers, answers. Exact: every token, the end token too, is
+    the model's first choice, as greedy decoding would have it, without generating"""
     engine.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, tokens, exact answers, answers
+    sums = torch.zeros(4, dtype=torch.float64, device=device)                                # (4)
     while step := next_step(loader, accumulation, device):
         note(step[-1])
         for batch in step[0]:
@@ -371,8 +373,7 @@ def evaluate(engine, loader, accumulation, device, note):
             sums += torch.tensor([float(losses.sum()), len(losses), int(exact.sum()), len(exact)], device=device)
     dist.all_reduce(sums)
     engine.train()
-    loss, tokens, exact, answers = sums.tolist()
-    return (loss / tokens, exact / answers) if answers else None
+    return sums.tolist()
 
 
 def train(args):
@@ -397,15 +398,22 @@ def train(args):
     folder, run = found[0] or (None, {"step": 0, "epoch": 0, "best": math.inf, "rounds_left_out": 0, "broken": []})
 
     # data
-    sets = together(lambda: read_datasets(args))  # process 0 first: it makes the index of a picture file
-    split = [hold_out(len(data.drafts), args.eval_fraction, f"{args.seed} {data.name}") for data in sets]
+    sets = held_sets = together(lambda: read_datasets(args))  # process 0 first: it makes the index of picture files
+    split = [hold_out(len(data.drafts), 0 if args.eval_path else args.eval_fraction, f"{args.seed} {data.name}")
+             for data in sets]
     training, rest = zip(*split)
+    if args.eval_path:
+        names = [args.eval_path / Path(name).name if name.endswith(".json") else name for name in args.datasets]
+        there = vars(args) | {"data_path": args.eval_path, "datasets": list(map(str, names)), "samples": ["all"]}
+        held_sets = together(lambda: read_datasets(argparse.Namespace(**there)))
+        rest = [range(len(data.drafts)) for data in held_sets]
     if not any(training):
         raise InputError(f"{', '.join(args.datasets)}: no conversation is left to train on")
-    held_out = Epoch(sets, rest, args.seed, "held out")
+    held_out = [Epoch([data], [part], args.seed, "held out") for data, part in zip(held_sets, rest) if part]
+    held_missing, held_count = [picture for part in held_out for picture in part.missing], sum(map(len, held_out))
     epochs = [Epoch(sets, training, args.seed, epoch) for epoch in range(args.epochs)]
     for samples in epochs:
-        lost, count = samples.missing + held_out.missing, len(samples) + len(held_out)
+        lost, count = samples.missing + held_missing, len(samples) + held_count
         if len(lost) > BROKEN * count:
             raise InputError(f"{len(lost)} of {count} samples lack a picture, more than {BROKEN:.0%}: "
                              f"{', '.join(lost[:5])}")
@@ -415,7 +423,7 @@ def train(args):
     # model
     spread = partial(deepspeed.zero.Init, config_dict_or_path=settings) if args.zero_stage == 3 else nullcontext
     model, tokenizer = make_model(args, epochs[0], device, dtype, spread)
-    now = identity(args, sets, model)
+    now = identity(args, sets, held_sets, model)
     if folder:
         check_state(folder, run, now)
     run, begun = argparse.Namespace(**run | {"identity": now}), run["step"]  # run: what a state keeps, in run.json
@@ -453,7 +461,7 @@ def train(args):
         run.broken += sentences
         for sentence in sentences:
             write(broken=sentence)
-        if len(run.broken) > BROKEN * (len(samples) + len(held_out)):
+        if len(run.broken) > BROKEN * (len(samples) + held_count):
             raise InputError(f"{len(run.broken)} samples of this epoch cannot be used, more than {BROKEN:.0%}: "
                              f"{'; '.join(run.broken[:5])}")
 
@@ -485,16 +493,21 @@ def train(args):
                 save_state(engine, args.out, run)
         if run.step % args.save_every and run.step != begun:
             save_state(engine, args.out, run)
-        result = evaluate(engine, batches(held_out, model, tokenizer, args), accumulation, device, note)
-        name = f"epoch-{run.epoch + 1}"
-        if result:
-            write(epoch=run.epoch + 1, eval_loss=result[0], eval_exact=result[1])
-            bar.write(f"epoch {run.epoch + 1}: held-out loss {result[0]:.4f}, exact match {result[1]:.2%}")
+        sums = {part.sets[0].name: evaluate(engine, batches(part, model, tokenizer, args), accumulation, device, note)
+                for part in held_out}
+        loss, tokens, exact, answers = map(sum, zip(*sums.values())) if sums else [0] * 4
+        name, mean = f"epoch-{run.epoch + 1}", loss / tokens if tokens else math.inf
+        if answers:
+            shares = {part: right / asked for part, (*_, right, asked) in sums.items() if asked}
+            write(epoch=run.epoch + 1, eval_loss=mean, eval_exact=exact / answers, eval_exact_of=shares)
+            bar.write(f"epoch {run.epoch + 1}: held-out loss {mean:.4f}, exact match {exact / answers:.2%}")
+            for part, share in shares.items() if len(shares) > 1 else ():
+                bar.write(f"    {part:22}{share:8.2%}")
         with frugal():
             bases = (args.language_model, args.vision_model) if args.save_trained_only else None
             engine.module.save_pretrained(args.out / name, tokenizer.file, bases)
-        if not (result and result[0] >= run.best):
-            run.best = result[0] if result else run.best
+        if not (answers and mean >= run.best):
+            run.best = min(run.best, mean)
             if is_main():
                 (args.out / ".best.unfinished").symlink_to(name)
                 (args.out / ".best.unfinished").replace(args.out / "best")

@@ -17,7 +17,7 @@ import torch
 from conftest import FIXTURES, ROOT, tiny_model
 from safetensors.torch import load_file
 
-from data import DATASETS, Epoch, Tokenizer, encode, read_datasets
+from data import DATASETS, Epoch, Samples, Tokenizer, collate, encode, read_datasets
 from model import InputError, Llama, LlamaConfig, VisualChat, load_vit, plain_weights, save_weights
 from train import check_state
 from vision import fixed_positions
@@ -87,6 +87,32 @@ def test_processes_accumulation_and_zero_make_no_difference(folder):
     for (name, trained), (_, base) in zip(model.named_parameters(), tiny_model().named_parameters()):
         recipe = name.startswith("projection") or name == "language_model.model.embed_tokens.weight"
         assert recipe != torch.equal(trained, base), f"{name}: the recipe trains embedding and projection, nothing else"
+
+
+def test_eval_path_and_what_each_data_set_comes_to(folder):
+    """What is held out comes from another folder, by the same names; each set is counted by itself. The model that was saved says the same"""
+    held = folder / "held"
+    shutil.copytree(folder / "llava", held / "llava")
+    (held / "coco").symlink_to(folder / "coco")
+    records = json.loads((held / "llava/conversation_58k.json").read_text())
+    (held / "llava/conversation_58k.json").write_text(json.dumps(records[:3]))
+    for place, talks in ((folder, 6), (held, 2)):
+        (place / "own.json").write_text(json.dumps([[{"question": f"And {n}?", "answer": "A cat."}] for n in range(talks)]))
+    log = run(folder, "--datasets", "llava_dial", folder / "own.json", "--eval_path", held, "--concatenate", "1", "--batch_size", "8",
+              "--micro_batch_size", "4", "--epochs", "1", "--learning_rate", "0.03")
+    assert sum(line.get("tokens", 0) > 0 for line in log) == 3, "19 conversations to train on: none is held out of them"
+    result = next(line for line in log if "eval_loss" in line)
+    model, tokenizer = VisualChat.from_pretrained(folder / "out/best"), Tokenizer(folder / "llama/tokenizer.model")
+    loss = tokens = 0
+    for name, files in (("llava_dial", [r for r in records[:3]]), (str(held / "own.json"), None)):
+        args = argparse.Namespace(datasets=[name], concatenate=[1], samples=["all"], seed=0, data_path=held, out=folder)
+        conversations = list(Epoch(read_datasets(args), [range(3 if files else 2)], 0, 0))
+        samples = Samples(conversations, tokenizer, 17, model.preprocessing, 4096, 8)
+        with torch.no_grad():
+            losses, hits = zip(*(model(**collate([samples[n][0]])) for n in range(len(samples))))
+        assert result["eval_exact_of"][name] == sum(bool(h.all()) for h in hits) / len(hits)
+        loss, tokens = loss + sum(float(part.sum()) for part in losses), tokens + sum(map(len, losses))
+    assert abs(result["eval_loss"] - loss / tokens) < 1e-4
 
 
 def test_cross_attention_with_two_processes(folder):
