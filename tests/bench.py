@@ -7,6 +7,8 @@
     python tests/bench.py qwen      Qwen-VL's 2B encoder from ten shards in bfloat16: time and memory; writes 4 GB to TMPDIR
     python tests/bench.py chat      time to the first token with and without what is kept; tokens per second against
                                     transformers (where it is installed) and against the memory's rate; memory
+    python tests/bench.py gpu       LLaMA-2-7B's sizes behind ViT-L/14 in 16 bit on one GPU: training steps, chat; writes 14 GB to TMPDIR
+    python tests/bench.py mmca --device cuda --dtype bfloat16
     python tests/bench.py scale     a model of 1 GB over two processes with ZeRO-3: memory while it is loaded and saved
 """
 import argparse
@@ -40,20 +42,27 @@ import train  # noqa: E402
 from chat import Chat  # noqa: E402
 from data import Samples, Tokenizer, Turn, collate, read_datasets  # noqa: E402
 from mmca import IMAGE, PAD, TEXT, attend, attend_explicit, attention_matrix, pattern  # noqa: E402
-from model import VISION, KVCache, Llama, LlamaConfig, VisualChat, make_vit, plain_weights, save_weights, write_json  # noqa: E402
+from model import LANGUAGE, VISION, KVCache, Llama, LlamaConfig, VisualChat, make_vit, plain_weights, save_weights, write_json  # noqa: E402
 from vision import CLIP_PREPROCESSING, ViT, ViTConfig  # noqa: E402
 
 
-def medians(functions, rounds):
-    """Run every function once a round, in turn -> median seconds of each, after one round to warm up"""
+def medians(functions, rounds, wait=lambda: None):
+    """Run every function once a round, in turn -> median seconds of each, after one round to warm up. wait: for a GPU"""
     times = [[] for _ in functions]
     for n in range(rounds + 1):
         for function, taken in zip(functions, times):
             began = time.perf_counter()
             function()
+            wait()
             if n:
                 taken.append(time.perf_counter() - began)
     return [statistics.median(taken) for taken in times]
+
+
+def synchronize(device):
+    """Wait for a GPU"""
+    if torch.device(device).type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def conversation(pictures, text, image_tokens=256):
@@ -67,11 +76,12 @@ def bench_mmca(args):
     H, d = 8, 64
     batches = {"8 pictures x 256 + 400 text": [conversation(8, 400)],
                "4 rows: 8, 6, 4, 2 pictures, padded": [conversation(n, 400 - 20 * n) for n in (8, 6, 4, 2)]}
+    new = {"device": args.device, "dtype": getattr(torch, args.dtype)}
     for name, rows in batches.items():
         T = max(map(len, rows))
-        modality = torch.tensor([row + [PAD] * (T - len(row)) for row in rows])
-        q, k, v = (torch.randn(len(rows), H, T, d, requires_grad=True) for _ in range(3))
-        ready, gradient = pattern(modality, modality), torch.randn(len(rows), H, T, d)
+        modality = torch.tensor([row + [PAD] * (T - len(row)) for row in rows], device=args.device)
+        q, k, v = (torch.randn(len(rows), H, T, d, requires_grad=True, **new) for _ in range(3))
+        ready, gradient = pattern(modality, modality), torch.randn(len(rows), H, T, d, **new)
         M = attention_matrix(modality, modality)
 
         def both(forward):
@@ -84,7 +94,7 @@ def bench_mmca(args):
                      "MMCA, attend": both(lambda: attend(q, k, v, ready)),
                      "MMCA, the formula word for word": both(lambda: attend_explicit(q, k, v, M)),
                      "making the pattern (once a forward, for all layers)": lambda: pattern(modality, modality)}
-        causal, *others = medians(list(functions.values()), args.rounds)
+        causal, *others = medians(list(functions.values()), args.rounds, partial(synchronize, args.device))
         texts = (modality == TEXT).sum(1)
         seen = ((modality == IMAGE).cumsum(1) * (modality == TEXT)).sum(1)
         pairs = (texts * (texts + 1) / 2 + seen).sum() / (len(rows) * T * (T + 1) / 2)
@@ -398,6 +408,61 @@ def bench_chat(args):
                    env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})  # what is freed goes back to the system
 
 
+def bench_gpu(args):
+    """Training steps as train.py takes them, then a conversation"""
+    torch.set_default_dtype(torch.bfloat16)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        with torch.device(args.device):
+            language, tower = Llama(LANGUAGE["7b"]), ViT(VISION["clip-l"])
+        for part, module in (("language", language), ("vision", tower)):
+            (folder / part).mkdir()
+            write_json(folder / part / "config.json", asdict(module.config))
+            save_weights(plain_weights(module), folder / part / "model.safetensors")
+        shutil.copy(Path(__file__).parent / "fixtures/tokenizer.model", folder / "language")
+        pictures = [f"{n}.jpg" for n in range(128)]
+        for n, file in enumerate(pictures):
+            (folder / file).write_bytes(photograph(n))
+        talks = [[{"images": pictures[n:n + 2], "question": "What do you see?", "answer": "Two pictures of many colours. " * 12},
+                  {"question": "And what else?", "answer": "Nothing of which I would know the name. " * 6}] for n in range(0, 128, 2)]
+        write_json(folder / "talks.json", talks)
+        size = sum(p.numel() for p in [*language.parameters(), *tower.parameters()])
+        print(f"\nLLaMA-2-7B's sizes behind ViT-L/14, {size / 1e9:.2f}e9 parameters, random weights in bfloat16, MMCA")
+        flags = ["--language_model", folder / "language", "--vision_model", folder / "vision", "--datasets", folder / "talks.json", "--epochs", "6",
+                 "--eval_fraction", "0", "--batch_size", "32", "--micro_batch_size", "8", "--max_steps", "8", "--workers", "8", "--save_trained_only"]
+        for more in ([], ["--gradient_checkpointing"]):
+            out = folder / f"out{len(more)}"
+            subprocess.run([sys.executable, "train.py", *map(str, flags), *more, "--out", out], check=True, cwd=Path(__file__).parent.parent,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][3:]
+            rate = statistics.median(line["tokens_per_second"] for line in lines if "loss" in line)
+            print(f"  train.py, ZeRO-3, one process, batches of 32, {lines[0]['tokens'] / 32:.0f} tokens a sample: {rate:,.0f} tokens/s {' '.join(more)}")
+        model = VisualChat(tower, language).eval().to(args.device)
+        language.lm_head.weight.data[2] = 0  # never `</s>`
+        model.preprocessing = dict.fromkeys(("size", "crop_size"), tower.config.image_size) | CLIP_PREPROCESSING
+        talk = Chat(model, Tokenizer(folder / "language/tokenizer.model"))
+
+        def ask(images):
+            began = time.perf_counter()
+            tokens = talk.ask("What do these have in common?", [folder / image for image in images], 65)
+            next(tokens)
+            first = time.perf_counter() - began
+            list(tokens)
+            return first, (time.perf_counter() - began - first) / 64
+
+        ask(pictures[:1]), talk.clear()
+        anew, token = ask(pictures[8:16])
+        talk.clear()
+        known, _ = ask(pictures[8:16])
+        follow, _ = ask([])
+        print(f"  chat: first token after {anew:.3f} s with 8 new pictures, {known:.3f} s with 8 known ones, {follow:.3f} s in the next round")
+        large, row = torch.randn(32768, 32768, device=args.device), torch.randn(32768, device=args.device)
+        rate = large.nbytes / medians([lambda: torch.mv(large, row)], args.rounds, partial(synchronize, args.device))[0]
+        read = 2 * sum(p.numel() for p in language.parameters()) - language.model.embed_tokens.weight.nbytes
+        print(f"  decoding: {1 / token:.1f} tokens/s; {read / 1e9:.1f} GB read for a token at {rate / 1e12:.2f} TB/s (torch.mv) would be "
+              f"{rate / read:.1f}, chat reaches {read / rate / token:.0%}")
+
+
 def chat_memory(args):
     """What tokens and pictures of a conversation add to a process's anonymous memory"""
     model, tokenizer = chat_model()
@@ -425,19 +490,22 @@ def chat_memory(args):
 def main():
     """The command line"""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["mmca", "data", "vision", "qwen", "scale", "scale_process", "chat", "chat_memory"])
+    parser.add_argument("what", choices=["mmca", "data", "vision", "qwen", "scale", "scale_process", "chat", "chat_memory", "gpu"])
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=9, help="medians of so many")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", help="of mmca and gpu")
+    parser.add_argument("--dtype", default="float32", help="of mmca")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.what == "scale_process":
         return scale_process(args)
     if args.what == "chat_memory":
         return chat_memory(args)
-    print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, float32")
-    {"mmca": bench_mmca, "data": bench_data, "vision": bench_vision, "qwen": bench_qwen, "scale": bench_scale, "chat": bench_chat}[args.what](args)
+    name = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else f"{platform.machine()}, {args.threads} threads"
+    print(f"{name}, torch {torch.__version__}, {args.dtype}")
+    {"mmca": bench_mmca, "data": bench_data, "vision": bench_vision, "qwen": bench_qwen, "scale": bench_scale, "chat": bench_chat, "gpu": bench_gpu}[args.what](args)
 
 
 if __name__ == "__main__":
