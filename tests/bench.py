@@ -504,7 +504,7 @@ def main():
     if args.what == "chat_memory":
         return chat_memory(args)
     name = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else f"{platform.machine()}, {args.threads} threads"
-    print(f"{name}, torch {torch.__version__}, {args.dtype}")
+    print(f"{name}, torch {torch.__version__}, {'bfloat16' if args.what == 'gpu' else args.dtype}")
     {"mmca": bench_mmca, "data": bench_data, "vision": bench_vision, "qwen": bench_qwen, "scale": bench_scale, "chat": bench_chat, "gpu": bench_gpu}[args.what](args)
 
 
