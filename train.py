@@ -376,6 +376,19 @@ def evaluate(engine, loader, accumulation, device, note):
     return sums.tolist()
 
 
+def split_data(args):
+    """-> the data sets and which conversations of each are trained on; those to measure on, and which of theirs"""
+    sets = together(lambda: read_datasets(args))  # process 0 first: it makes the index of a picture file
+    if not args.eval_path:
+        split = [hold_out(len(data.drafts), args.eval_fraction, f"{args.seed} {data.name}") for data in sets]
+        return sets, [training for training, _ in split], sets, [rest for _, rest in split]
+    names = [str(args.eval_path / Path(name).name) if name.endswith(".json") else name for name in args.datasets]
+    there = argparse.Namespace(**vars(args) | {"data_path": args.eval_path, "datasets": names, "samples": ["all"]})
+    held_sets = together(lambda: read_datasets(there))
+    training, rest = ([range(len(data.drafts)) for data in part] for part in (sets, held_sets))
+    return sets, training, held_sets, rest
+
+
 def train(args):
     """The whole of it"""
     # what is asked for
@@ -398,15 +411,7 @@ def train(args):
     folder, run = found[0] or (None, {"step": 0, "epoch": 0, "best": math.inf, "rounds_left_out": 0, "broken": []})
 
     # data
-    sets = held_sets = together(lambda: read_datasets(args))  # process 0 first: it makes the index of picture files
-    split = [hold_out(len(data.drafts), 0 if args.eval_path else args.eval_fraction, f"{args.seed} {data.name}")
-             for data in sets]
-    training, rest = zip(*split)
-    if args.eval_path:
-        names = [args.eval_path / Path(name).name if name.endswith(".json") else name for name in args.datasets]
-        there = vars(args) | {"data_path": args.eval_path, "datasets": list(map(str, names)), "samples": ["all"]}
-        held_sets = together(lambda: read_datasets(argparse.Namespace(**there)))
-        rest = [range(len(data.drafts)) for data in held_sets]
+    sets, training, held_sets, rest = split_data(args)
     if not any(training):
         raise InputError(f"{', '.join(args.datasets)}: no conversation is left to train on")
     held_out = [Epoch([data], [part], args.seed, "held out") for data, part in zip(held_sets, rest) if part]
@@ -493,15 +498,15 @@ def train(args):
                 save_state(engine, args.out, run)
         if run.step % args.save_every and run.step != begun:
             save_state(engine, args.out, run)
-        sums = {part.sets[0].name: evaluate(engine, batches(part, model, tokenizer, args), accumulation, device, note)
-                for part in held_out}
-        loss, tokens, exact, answers = map(sum, zip(*sums.values())) if sums else [0] * 4
+        sums = [evaluate(engine, batches(part, model, tokenizer, args), accumulation, device, note)
+                for part in held_out]
+        loss, tokens, exact, answers = map(sum, zip([0] * 4, *sums))
         name, mean = f"epoch-{run.epoch + 1}", loss / tokens if tokens else math.inf
         if answers:
-            shares = {part: right / asked for part, (*_, right, asked) in sums.items() if asked}
-            write(epoch=run.epoch + 1, eval_loss=mean, eval_exact=exact / answers, eval_exact_of=shares)
+            shares = [(part.sets[0].name, right / asked) for part, (*_, right, asked) in zip(held_out, sums) if asked]
+            write(epoch=run.epoch + 1, eval_loss=mean, eval_exact=exact / answers, eval_exact_of=dict(shares))
             bar.write(f"epoch {run.epoch + 1}: held-out loss {mean:.4f}, exact match {exact / answers:.2%}")
-            for part, share in shares.items() if len(shares) > 1 else ():
+            for part, share in shares if len(shares) > 1 else ():
                 bar.write(f"    {part:22}{share:8.2%}")
         with frugal():
             bases = (args.language_model, args.vision_model) if args.save_trained_only else None

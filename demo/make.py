@@ -1,9 +1,7 @@
 #!/usr/bin/env python3
 """Draw the demo's pictures and write what is said about them in the file layouts of the real data sets.
 
-    python demo/make.py data/demo            train/ and held_out/, about different pictures: what train.py learns from
-    python demo/make.py data/bases --bases   describe.json, about single pictures, and text.json, the same kind of conversations
-                                             with words where pictures would stand: for a tower and a language model
+    python demo/make.py data/demo       train/ and held_out/, about different pictures
 
 A picture of 64 x 64 has one to three things in its quarters: shapes in colours and two sizes, digits, short words. Below
 train/ and held_out/, with N of 1,000 and 100 (--scenes):
@@ -29,13 +27,7 @@ INK = 20, 20, 20
 SHAPES, SIZES = ("circle", "square", "triangle"), {"small": 0.22, "large": 0.42}  # radius, of a quarter's side
 WORDS = "sun", "cat", "map", "joy"
 PLACES = "top left", "top right", "bottom left", "bottom right"
-STYLES = "image {2}", "image {2}", "image {2}", "image {0}", "image {1}", "the {3} image"
-ORDINALS = "first second third fourth fifth sixth seventh eighth".split()
 NUMBERS = "None", "One", "Two", "Three", "Four"
-VISION = {"model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3,
-          "num_attention_heads": 4, "image_size": SIDE, "patch_size": 16}
-LANGUAGE = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "vocab_size": 512, "max_position_embeddings": 1024}
 
 
 # ---- scenes: a dict of place -> thing, a thing is a tuple of words ---------------------------------------------------
@@ -69,7 +61,7 @@ def name(what):
 
 
 def listed(names):
-    """"a small red star, the digit 7 and the word sun" """
+    """"a small red circle, the digit 7 and the word sun" """
     return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part) or "nothing"
 
 
@@ -126,7 +118,7 @@ def about_one(things, rng, where=""):
         return f"How many shapes are there{where}?", sentence(NUMBERS[shapes(things)])
     if kind == "where" and len(set(seen)) == len(seen):
         there, what = rng.choice(list(things.items()))
-        return f"Where is {name(what).replace('a ', 'the ', 1)}{where}?", sentence(f"at the {there}")
+        return f"Where is the {' '.join(what)}{where}?", sentence(f"at the {there}")
     for what in rng.sample(seen, len(seen)):
         if kind == "colour" and sum(other[-1] == what[-1] for other in seen) == 1 and len(what) == 3:
             return f"What colour is the {what[2]}{where}?", sentence(what[1])
@@ -235,71 +227,19 @@ def write(folder, count, rng):
         (folder / f"{file}.json").write_text(json.dumps(content))
 
 
-def write_bases(folder, count, rng):
-    """text.json, `count` conversations without pictures; describe.json, the descriptions of a sixth as many pictures"""
-    (folder / "pictures").mkdir(parents=True)
-    described_ones, conversations = [], []
-    for n in range(count):
-        if n % 6 == 0:
-            things = scene(rng)
-            draw(things, rng).save(folder / f"pictures/{n}.jpg", quality=95, subsampling=0)
-            described_ones.append([{"images": [f"pictures/{n}.jpg"], "question": "Describe the image.", "answer": described(things)},
-                                  *({"question": q, "answer": a} for q, a in (about_one(things, rng), about_one(things, rng)))])
-        scenes, rounds, style = [], [], rng.choice(STYLES)
-        for fresh in [rng.randint(1, 3), *rng.choices([0, 0, 0, 0, 1], k=rng.randint(3, 6))]:
-            new = [scene(rng) for _ in range(fresh)]
-            if len(scenes) == 0 and fresh == 2 and rng.random() < 0.7:
-                new[1] = changed(new[0], rng)
-            under = rng.random() < 0.4  # the number stands below what it numbers
-            text = "".join(f"{told(things)} (image {i})\n" if under else f"Image {i}: {told(things)}\n"
-                           for i, things in enumerate(new, len(scenes) + 1))
-            scenes += new
-            names = [style.format("abcdefgh"[i], "ABCDEFGH"[i], i + 1, ORDINALS[i]) for i in range(len(scenes))]
-            kind = rng.random()
-            if len(scenes) == 1:
-                question = (("Describe the image.", described(scenes[0])) if kind < 0.2 else reasoning(scenes[0], rng) if kind < 0.4
-                            else about_one(scenes[0], rng))
-            elif len(scenes) == 2 and kind < 0.4 and 0 < len(scenes[0].items() ^ scenes[1].items()) < 3:
-                question = difference(*scenes, names)
-            elif kind < 0.1:
-                i = rng.randrange(len(scenes))
-                question = f"Describe {names[i]}.", described(scenes[i])
-            else:
-                question = about_all(scenes, names, rng)
-            if len(scenes) > 1 and (style != STYLES[0] or rng.random() < 0.3):
-                text += introduced(names[len(scenes) - fresh:])
-            rounds.append({"question": text + question[0], "answer": question[1]})
-        conversations.append(rounds)
-    for file, content in (("describe", described_ones), ("text", conversations)):
-        (folder / f"{file}.json").write_text(json.dumps(content))
-    for model, sizes in (("vision_model", VISION), ("language_model", LANGUAGE)):
-        (folder / model).mkdir()
-        (folder / model / "config.json").write_text(json.dumps(sizes, indent=2))
-
-
-
-def told(things):
-    """A scene in other words than `described`: what stands where a picture would"""
-    return ", ".join(f"{place} {' '.join(what)}" for place, what in things.items())
-
-
 def main():
     """The command line"""
     parser = argparse.ArgumentParser(description="Draw the demo's pictures and write what is said about them.")
     parser.add_argument("out", type=Path, help="a new folder")
-    parser.add_argument("--bases", action="store_true", help="what the two bases learn from instead")
-    parser.add_argument("--scenes", type=int, help="N of the head of this file (1000; with --bases conversations, 150000)")
+    parser.add_argument("--scenes", type=int, default=1000, help="N of the head of this file (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of everything drawn (%(default)s)")
     args = parser.parse_args()
     if args.out.exists():
         parser.error(f"{args.out} is already there; remove it to draw it anew")
     unfinished = args.out.with_name(f".{args.out.name}.unfinished")  # a half of it is never taken for the whole
     shutil.rmtree(unfinished, ignore_errors=True)
-    if args.bases:
-        write_bases(unfinished, args.scenes or 150_000, random.Random(f"bases {args.seed}"))
-    else:
-        write(unfinished / "train", args.scenes or 1000, random.Random(f"train {args.seed}"))
-        write(unfinished / "held_out", (args.scenes or 1000) // 10, random.Random(f"held out {args.seed}"))
+    write(unfinished / "train", args.scenes, random.Random(f"train {args.seed}"))
+    write(unfinished / "held_out", args.scenes // 10, random.Random(f"held out {args.seed}"))
     unfinished.rename(args.out)
 
 
