@@ -3,13 +3,13 @@
 
     python demo/make.py data/demo       train/ and held_out/, about different pictures
 
-A picture of 64 x 64 has one to three things in its quarters: shapes in colours and two sizes, digits, short words. Below
-train/ and held_out/, with N of 1,000 and 100 (--scenes):
+A picture of 64 x 64 has one to three things in its quarters (the second of a pair can have four): shapes in colours and
+two sizes, digits, short words. Below train/ and held_out/, with N of 1,000 and 100 (--scenes):
 
     coco/train2017/000000000000.jpg ...     the pictures of LLaVA and of the pairs
     llava/detail_23k.json                   N descriptions
     llava/complex_reasoning_77k.json        N questions that take a step of thought
-    llava/conversation_58k.json             N conversations of several rounds
+    llava/conversation_58k.json             N conversations of one to three rounds; one round about each picture of a pair
     MIMIC-IT/CGD_instructions.json          N pairs of pictures that differ in one thing, three questions about each
     SparklesDialogueCC/, SparklesDialogueVG/    N dialogues about two or three pictures, in CC all shown at once
 """
@@ -98,11 +98,6 @@ def introduced(names):
     return f"Here {'are' if names[1:] else 'is'} {listed(names)}. " if names else ""
 
 
-def shapes(things):
-    """How many of the things are shapes"""
-    return sum(len(what) == 3 for what in things.values())
-
-
 def described(things):
     """All that is in a scene"""
     return sentence(listed([f"{name(what)} at the {place}" for place, what in things.items()]))
@@ -115,7 +110,7 @@ def about_one(things, rng, where=""):
     if kind == "things":
         return f"How many things are there{where}?", sentence(NUMBERS[len(seen)])
     if kind == "shapes":
-        return f"How many shapes are there{where}?", sentence(NUMBERS[shapes(things)])
+        return f"How many shapes are there{where}?", sentence(NUMBERS[sum(len(what) == 3 for what in seen)])
     if kind == "where" and len(set(seen)) == len(seen):
         there, what = rng.choice(list(things.items()))
         return f"Where is the {' '.join(what)}{where}?", sentence(f"at the {there}")
