@@ -38,6 +38,7 @@ from mmca import IMAGE, TEXT, image_term
 from model import KVCache, VisualChat, choose_device, lay_out, rotate
 from vision import InputError, ViT, load_image, positive, preprocess, read_json
 
+DEFAULT = Path("out/best")
 HELP = """Write a question. A word that is a picture file is attached to it (quote a path with blanks).
   /image a.jpg "b c.png"   attach pictures to the next question; alone: no pictures
   /look                    where the last answer looked, drawn over each picture (MMCA)
@@ -307,9 +308,9 @@ def start_readline():
     readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
 
 
-def repl(chat, args):
+def repl(chat, args, samples=()):
     """Read lines until /quit or the end of the input. Nothing that a line holds ends the conversation; Ctrl-C stops
-    what is being done, once for each line."""
+    what is being done, once for each line. samples: pictures that are offered at the beginning"""
     generator, attached, armed = torch.Generator().manual_seed(args.seed), [], False
 
     def interrupt(*_):
@@ -369,6 +370,9 @@ def repl(chat, args):
     before = signal.signal(signal.SIGINT, interrupt)
     try:
         print(HELP)
+        if samples:
+            print(f"Pictures to try: {' '.join(map(str, samples))}, for example\n"
+                  f"  {samples[0]} {samples[1]} What is the difference between image 1 and image 2?")
         while True:
             try:
                 armed = True
@@ -442,7 +446,7 @@ def main():
     """The command line"""
     parser = argparse.ArgumentParser(description="Chat about pictures.")
     add = parser.add_argument
-    add("checkpoint", nargs="?", type=Path, default=Path("out/best"), help="a folder that train.py wrote (%(default)s)")
+    add("checkpoint", nargs="?", type=Path, default=DEFAULT, help="a folder that train.py wrote (%(default)s)")
     add("--max_new_tokens", type=positive, default=256, help="the longest answer (%(default)s)")
     add("--temperature", type=float, default=0.0, help="0 always takes the most likely token (%(default)s)")
     add("--top_p", type=float, default=1.0, help="draw from the likeliest tokens that sum to this (%(default)s)")
@@ -467,7 +471,7 @@ def main():
         else:
             if sys.stdin.isatty():
                 start_readline()
-            repl(chat, args)
+            repl(chat, args, sorted(Path("demo/samples").glob("*.jpg")) if args.checkpoint == DEFAULT else [])
     except InputError as error:
         print(printable(f"chat.py: {error}"), file=sys.stderr)
         sys.exit(2)

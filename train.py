@@ -4,6 +4,7 @@ This file explains the training recipe of DeepSpeed-VisualChat (arXiv:2309.14327
 optimizer and its schedule, ZeRO, the loss over the global batch, evaluation, the log and the checkpoints. Not here: the
 model (model.py), the conversations and batches (data.py).
 
+    deepspeed train.py                                   the demo: draws its data, trains from demo/'s two models
     deepspeed train.py --language_model DIR --vision_model DIR --data_path DIR --datasets llava llava_dial
     deepspeed --num_accelerators 2 train.py ...          two processes, also on a CPU
     python train.py ...                                  one process, without the launcher
@@ -18,6 +19,7 @@ import os
 import pickle
 import shutil
 import socket
+import subprocess
 import sys
 import time
 import warnings
@@ -38,8 +40,14 @@ from vision import InputError, number, positive, read_json, read_preprocessing, 
 BROKEN = 0.01  # share of an epoch's samples that may have a missing or broken picture before the run stops
 
 
+DEMO = ("--language_model demo/language_model --vision_model demo/vision_model --data_path data/demo/train "
+        "--eval_path data/demo/held_out --datasets llava llava_dial otter_mimicit_cgd llava_otter_blend "
+        "sparkles_dialogue --samples 600 600 all 1600 all --lora_rank 16 --learning_rate 6e-3 --batch_size 16 "
+        "--epochs 1 --deepspeed_config demo/deepspeed.json --overwrite")
+
+
 def command_line():
-    """The command line; every default is the recipe's"""
+    """The command line; every default is the recipe's. Without flags it is the demo's"""
     parser, add = arguments("Train a vision-language chat model with DeepSpeed.")
     add("--attention", choices=["mmca", "causal", "cross"], default="mmca", help="the mechanism")
     add("--feature_layer", type=int, default=-1, metavar="N", help="CLIP's layer whose output is taken, -1 is the last")
@@ -68,7 +76,13 @@ def command_line():
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="number format (default: float32 on a CPU, else "
         "bfloat16 if it has it)")
     add("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it
-    return parser.parse_args()
+    flags = " ".join(word for word in sys.argv[1:] if not word.startswith("--local_rank"))
+    demo = f"{DEMO} --micro_batch_size {max(1, 16 // max(2, int(os.environ.get('WORLD_SIZE', 1))))}"
+    args = parser.parse_args(sys.argv[1:] if flags else sys.argv[1:] + demo.split())
+    args.flags, args.demo = flags or demo, not flags
+    if args.demo and not int(os.environ.get("RANK", 0)):
+        print(f"without flags this is the demo:\n    deepspeed train.py {demo}")
+    return args
 
 
 def start_distributed(device):
@@ -132,12 +146,23 @@ def check_out(args):
         return states[-1], read_json(states[-1] / "run.json")
     if args.resume and list(args.out.glob("epoch-*")):
         raise InputError(f"--resume: the run in {args.out} is finished; --overwrite begins a new one")
+    log = args.out / "log.jsonl"
+    if args.demo and earlier_run(args.out) and not (log.exists() and DEMO in log.open().readline()):
+        raise InputError(f"{args.out} holds a run that is not the demo's: move it away, or give the flags above and an "
+                         "--out of their own")
     if earlier_run(args.out) and not (args.overwrite or args.resume):
         raise InputError(f"--out {args.out} already holds a run; name another folder, or add --overwrite to replace it "
                          "or --resume to continue it")
     for folder in filter(None, (args.language_model, args.vision_model, args.data_path, args.eval_path)):
         if args.out.resolve() in folder.resolve().parents:
             raise InputError(f"{folder} lies in --out {args.out}, which this run would replace; name another folder")
+
+
+def draw_demo(args):
+    """Make the demo's data if it is asked for and not there"""
+    if args.data_path == Path("data/demo/train") and not args.data_path.exists():
+        if subprocess.run([sys.executable, "demo/make.py", "data/demo"]).returncode:
+            raise InputError("the demo's data cannot be drawn: demo/make.py says why")
 
 
 def clear_out(out, resumed):
@@ -411,6 +436,7 @@ def train(args):
     folder, run = found[0] or (None, {"step": 0, "epoch": 0, "best": math.inf, "rounds_left_out": 0, "broken": []})
 
     # data
+    together(lambda: draw_demo(args), everywhere=False)
     sets, training, held_sets, rest = split_data(args)
     if not any(training):
         raise InputError(f"{', '.join(args.datasets)}: no conversation is left to train on")
@@ -470,6 +496,8 @@ def train(args):
             raise InputError(f"{len(run.broken)} samples of this epoch cannot be used, more than {BROKEN:.0%}: "
                              f"{'; '.join(run.broken[:5])}")
 
+    if not folder:
+        write(flags=args.flags)
     bar = tqdm(total=total, initial=run.step, unit="step", disable=not is_main())
     for run.epoch, samples in list(enumerate(epochs))[run.epoch:]:
         if run.step == starts[run.epoch]:

@@ -169,6 +169,7 @@ class ViTConfig:
     patch_size: int
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02  # of the places and the class token in a tower made from nothing
     feature_layer: int = -1
     class_token: bool = True
 
@@ -246,9 +247,10 @@ class ViTEmbeddings(nn.Module):
     def __init__(self, config):
         super().__init__()
         D, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
-        self.class_embedding = nn.Parameter(torch.randn(D) * 0.02)
+        self.class_embedding = nn.Parameter(torch.randn(D) * config.initializer_range)
         self.patch_embedding = nn.Conv2d(3, D, config.patch_size, config.patch_size, bias=False)
-        self.position_embedding = nn.Embedding.from_pretrained(torch.randn(patches + 1, D) * 0.02, freeze=False)
+        places = torch.randn(patches + 1, D) * config.initializer_range                      # (P, Dv)
+        self.position_embedding = nn.Embedding.from_pretrained(places, freeze=False)
 
     def forward(self, pixels):
         """pixels (N, 3, S, S) -> (N, P, Dv), class token first"""

@@ -1,4 +1,4 @@
-"""The demo's drawings and what is said about them. python -m pytest tests/test_demo.py"""
+"""The demo's drawings, what is said about them, and its two models. python -m pytest tests/test_demo.py"""
 import argparse
 import json
 import subprocess
@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from data import DATASETS, Epoch, read_datasets
+from data import DATASETS, Epoch, Tokenizer, read_datasets
+from model import load_llama, load_vit
 
 sys.path.insert(0, str(ROOT / "demo"))
 import make  # noqa: E402
@@ -69,3 +70,11 @@ def test_the_readers_of_the_real_data_sets_read_it(drawn):
 def test_a_folder_that_is_there_is_kept(drawn):
     again = subprocess.run([sys.executable, ROOT / "demo/make.py", drawn], capture_output=True, text=True)
     assert again.returncode and str(drawn) in again.stderr and "Traceback" not in again.stderr
+
+
+def test_the_bases_are_small_and_whole():
+    files = [file for name in ("vision_model", "language_model") for file in (ROOT / "demo" / name).iterdir()]
+    assert sum(file.stat().st_size for file in files) < 4e6
+    assert load_vit(ROOT / "demo/vision_model").config.image_tokens == 5
+    language = load_llama(ROOT / "demo/language_model")
+    assert len(Tokenizer(ROOT / "demo/language_model/tokenizer.model")) == language.config.vocab_size

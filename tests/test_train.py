@@ -72,7 +72,8 @@ def test_processes_accumulation_and_zero_make_no_difference(folder):
               "--learning_rate", "0.02", "--embedding_learning_rate", "0.01", "--overwrite"]
     one = run(folder, *common, "--micro_batch_size", "8", "--zero_stage", "0")
     assert [line["step"] for line in one if "loss" in line] == [1, 2, 3, 4]
-    assert one[0].keys() == {"step", "epoch", "loss", "learning_rate", "tokens", "trained_tokens", "tokens_per_second", "seconds"}
+    assert "--learning_rate 0.02" in one[0]["flags"]
+    assert one[1].keys() == {"step", "epoch", "loss", "learning_rate", "tokens", "trained_tokens", "tokens_per_second", "seconds"}
     assert losses(one)[-1] < 0.9 * losses(one)[0], "it learns"
     evaluations = [line for line in one if "eval_loss" in line]
     assert len(evaluations) == 2 and all(0 <= line["eval_exact"] <= 1 for line in evaluations)
@@ -113,6 +114,23 @@ def test_eval_path_and_what_each_data_set_comes_to(folder):
         assert result["eval_exact_of"][name] == sum(bool(h.all()) for h in hits) / len(hits)
         loss, tokens = loss + sum(float(part.sum()) for part in losses), tokens + sum(map(len, losses))
     assert abs(result["eval_loss"] - loss / tokens) < 1e-4
+
+
+def test_without_flags_it_is_the_demo_and_replaces_nothing_else(tmp_path):
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    (tmp_path / "out/epoch-1").mkdir(parents=True)
+    (tmp_path / "out/log.jsonl").write_text('{"step": 0, "flags": "--out out"}\n')
+    command = [sys.executable, str(ROOT / "train.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "out holds a run that is not the demo's" in done.stderr
+    assert (tmp_path / "out/epoch-1").exists() and not (tmp_path / "data").exists()
+    whole = done.stdout.split("deepspeed train.py ")[1].splitlines()[0].split()
+    assert "--overwrite" in whole
+    command += [*whole, "--max_steps", "1", "--samples", "4", "--epochs", "1", "--workers", "0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "sparkles_dialogue" in done.stdout and "exact match" in done.stdout and (tmp_path / "out/best/config.json").exists()
 
 
 def test_cross_attention_with_two_processes(folder):
