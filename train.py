@@ -38,8 +38,6 @@ from vision import InputError, number, positive, read_json, read_preprocessing, 
 
 
 BROKEN = 0.01  # share of an epoch's samples that may have a missing or broken picture before the run stops
-
-
 DEMO = ("--language_model demo/language_model --vision_model demo/vision_model --data_path data/demo/train "
         "--eval_path data/demo/held_out --datasets llava llava_dial otter_mimicit_cgd llava_otter_blend "
         "sparkles_dialogue --samples 600 600 all 1600 all --lora_rank 16 --learning_rate 6e-3 --batch_size 16 "
@@ -171,8 +169,8 @@ def clear_out(out, resumed):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-FREE = ("out", "resume", "overwrite", "save_every", "save_trained_only", "workers", "micro_batch_size", "local_rank",
-        "gradient_checkpointing", "language_model", "vision_model", "data_path", "eval_path")
+FREE = ("flags", "demo", "out", "resume", "overwrite", "save_every", "save_trained_only", "workers", "micro_batch_size",
+        "local_rank", "gradient_checkpointing", "language_model", "vision_model", "data_path", "eval_path")
 
 
 def identity(args, sets, held_sets, model):
