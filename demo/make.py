@@ -42,7 +42,7 @@ LANGUAGE = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 344,
 # ---- scenes: a dict of place -> thing, a thing is a tuple of words ---------------------------------------------------
 
 def thing(rng):
-    """("large", "red", "circle"), ("digit", "7") or ("word", "sun")"""
+    """("large", "red", "circle"), ("digit", "3") or ("word", "sun")"""
     kind = rng.random()
     if kind < 0.7:
         return rng.choice(tuple(SIZES)), rng.choice(tuple(COLOURS)), rng.choice(SHAPES)
@@ -65,12 +65,12 @@ def changed(before, rng):
 
 
 def name(what):
-    """"a red circle", "the digit 7", "the word sun" or "nothing": its size has a question of its own"""
+    """"a red circle", "the digit 3", "the word sun" or "nothing": its size has a question of its own"""
     return "nothing" if what is None else f"{'a' if len(what) == 3 else 'the'} {' '.join(what[-2:])}"
 
 
 def listed(names):
-    """"a small red star, the digit 7 and the word sun" """
+    """"a small red circle, the digit 3 and the word sun" """
     return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part) or "nothing"
 
 
@@ -249,9 +249,9 @@ def write(folder, count, rng):
 
 
 def conversation(rng, most):
-    """Some rounds about one to `most` pictures, with words where pictures would stand: in a round of their own that is
-    answered with the picture's number, since under MMCA, too, only what follows a picture can know it. In an album each
-    question is about the last picture, as where train.py puts conversations about single pictures together"""
+    """Some rounds about one to `most` pictures, with words where pictures would stand. The words are a round of their own,
+    answered with the picture's number: under MMCA only what follows a picture can know it. In an album they stand before a
+    question about them, as where data.py joins conversations about single pictures"""
     scenes, rounds, album = [], [], most == 1 or rng.random() < 0.2
     names = rng.choice(NAMES)
     for fresh in [1 if album else rng.randint(min(2, most), most), *rng.choices([0, 0, 0, 0, 0, 0, 1], k=rng.randint(5, 9))]:
