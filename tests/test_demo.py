@@ -1,6 +1,8 @@
 """The demo's drawings, what is said about them, and its two models. python -m pytest tests/test_demo.py"""
 import argparse
 import json
+import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -78,3 +80,32 @@ def test_the_bases_are_small_and_whole():
     assert load_vit(ROOT / "demo/vision_model").config.image_tokens == 5
     language = load_llama(ROOT / "demo/language_model")
     assert len(Tokenizer(ROOT / "demo/language_model/tokenizer.model")) == language.config.vocab_size
+
+
+def test_the_text_of_the_language_model_says_what_its_words_stand_for():
+    """Questions about several pictures, answered again from the words alone that stand in their place"""
+    number = {name.lower(): i for names in make.NAMES for i, name in enumerate(names)}
+    checked, rng = Counter(), random.Random(0)
+
+    def word(said):
+        return re.sub(r"\d", lambda digit: make.NUMBERS[int(digit[0])].lower(), "".join(said.split()[1:]) or said)
+
+    for _ in range(300):
+        shown = []  # place -> what is there, of each picture
+        for turn in make.conversation(rng, 3):
+            for words in re.findall(r"picture tl(\w+) tr(\w+) bl(\w+) br(\w+)", turn["question"]):
+                shown.append([one.lower() for one in words])
+            question, answer = turn["question"].lower(), turn["answer"].lower().rstrip(".")
+            if asked := re.search(r"which image has (.*)\?", question):
+                assert [word(asked[1]) in things for things in shown] == [i == number[answer] for i in range(len(shown))], turn
+            elif asked := re.search(r"which has more things, (.*) or (.*)\?", question):
+                counts = [4 - shown[number[name]].count("nothing") for name in asked.groups()]
+                assert answer == ("neither" if counts[0] == counts[1] else asked[1 + (counts[1] > counts[0])]), turn
+            elif asked := re.search(r"what is at the (.*) in (.*)\?", question):
+                assert word(answer) == shown[number[asked[2]]][make.PLACES.index(asked[1])], turn
+            elif asked := re.search(r"how many things are in (.*)\?", question):
+                assert answer == make.NUMBERS[4 - shown[number[asked[1]]].count("nothing")].lower(), turn
+            elif question.startswith("picture") and answer.startswith("image"):
+                assert answer == f"image {len(shown)}", turn
+            checked[re.sub(" (a|the|in) .*|,.*", "", question.rpartition(". ")[2])] += bool(asked)
+    assert min(checked[kind] for kind in ("which image has", "which has more things", "what is at", "how many things are")) > 30, checked

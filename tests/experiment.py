@@ -1,0 +1,250 @@
+"""The paper's claim at the size of a laptop: MMCA learns from as few samples as cross attention, at the cost of causal attention.
+
+    python tests/experiment.py            causal, cross and mmca from demo/'s two models, 5 sizes of training set, 5 seeds each; at one
+                                          size other rules for the image tokens, and no LoRA: 100 runs, one for each core at a time
+    python tests/experiment.py --seeds 1  a fifth of it
+    python tests/experiment.py --quick    causal, cross and mmca, 2 sizes, 1 seed, a third of the steps: minutes
+
+Every run is a line in --out: the same command goes on where it was stopped, and prints at once where all is there. The data are the
+demo's (`python demo/make.py data/demo`); what is trained, and how, is the demo's too, but without DeepSpeed, in one process and one
+thread for each run. The figure needs matplotlib, as nothing else here does.
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import statistics
+import sys
+import time
+from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import chain, groupby
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import model as visualchat  # noqa: E402
+from data import Epoch, Tokenizer, collate, encode, read_datasets  # noqa: E402
+from mmca import IMAGE, TEXT, attend_explicit, attention_matrix  # noqa: E402
+from model import VisualChat, add_lora, load_llama, load_vit  # noqa: E402
+from vision import load_image, positive, preprocess, read_preprocessing  # noqa: E402
+
+SETS = {"llava": 1200, "llava_dial": 1200, "otter_mimicit_cgd": "all", "llava_otter_blend": "all", "sparkles_dialogue": "all"}  # train.py's DEMO
+BATCH, RATE, RANK, WARMUP = 16, 6e-3, 16, 0.1  # and so are these
+SIZES, STEPS, ABLATED = (250, 500, 1000, 2000, 4000), 300, 2000  # the steps are the same for every size
+KINDS = {"difference": r"What is the difference", "which image": r"Which (image )?has",
+         "one of several": r" in (image \w+|the \w+ image)\?$"}  # the rest is asked about one picture by itself
+
+
+# ---- other rules, as edited Ms ---------------------------------------------------------------------------------------
+
+def union(modality):
+    """One softmax over all that MMCA sees"""
+    return attention_matrix(modality, modality).clamp(max=1), False
+
+
+def earlier_text(modality):
+    """Image tokens look at the text before them too, as the original's code lets them"""
+    M, T = attention_matrix(modality, modality), modality.shape[1]
+    past = torch.ones(T, T, dtype=torch.bool, device=M.device).tril()
+    return M.masked_fill(past & (modality == IMAGE)[:, :, None] & (modality == TEXT)[:, None, :], 1), False
+
+
+def average(modality):
+    """The mean of the two softmaxes instead of their sum, where a row has both"""
+    return attention_matrix(modality, modality), True
+
+
+MECHANISMS = {"causal": ("causal", None, RANK), "cross": ("cross", None, RANK), "mmca": ("mmca", None, RANK)}
+ABLATIONS = {"one softmax over the union": ("mmca", union, RANK), "image tokens see earlier text": ("mmca", earlier_text, RANK),
+             "average instead of sum": ("mmca", average, RANK), "causal without LoRA": ("causal", None, 0), "mmca without LoRA": ("mmca", None, 0)}
+VARIANTS = MECHANISMS | ABLATIONS  # name: attention, rule, rank of LoRA
+
+
+def use_rule(rule):
+    """Let VisualChat attend by `attend_explicit` and a rule's M"""
+    def look(q, k, v, who, cache=None):
+        M, halved = who
+        out = attend_explicit(q, k, v, M)
+        return out * torch.where((M == 2).any(-1), 0.5, 1.0)[:, None, :, None] if halved else out
+
+    visualchat.pattern, visualchat.attend = lambda modality, _, kind: rule(modality), look
+
+
+# ---- one run ---------------------------------------------------------------------------------------------------------
+
+def kind_of(turn):
+    """What an answer is counted under"""
+    return next((kind for kind, words in KINDS.items() if re.search(words, turn.question)), "one picture")
+
+
+def conversations(folder, datasets, seed):
+    """The conversations of some data sets, {name: how many of it}, in an order that the seed draws"""
+    args = argparse.Namespace(datasets=list(datasets), samples=list(datasets.values()), concatenate=None, seed=seed, data_path=folder, out=folder)
+    sets = read_datasets(args)
+    return list(Epoch(sets, [range(len(data.drafts)) for data in sets], seed, 0))
+
+
+def features_of(files, tower, preprocessing):
+    """The frozen tower's features of every picture: {file: (P, Dv)}"""
+    known = {}
+    with torch.inference_mode():
+        for n in range(0, len(files), 64):
+            pixels = torch.stack([preprocess(load_image(file), preprocessing) for file in files[n:n + 64]])  # (64, 3, S, S)
+            known.update(zip(files[n:n + 64], tower(pixels)))
+    return known
+
+
+def answer_lengths(example):
+    """How many tokens are trained of each answer"""
+    return [len(list(run)) for trained, run in groupby((example.labels != -100).tolist()) if trained]
+
+
+def run(name, size, seed, steps, data, language_model, vision_model):
+    """Train on `size` conversations, measure on all that are held out -> what stands in a line of --out"""
+    torch.set_num_threads(1)
+    training, test = conversations(data / "train", SETS, seed)[:size], conversations(data / "held_out", dict.fromkeys(SETS, "all"), 0)
+    test.sort(key=lambda talk: (len(talk), sum(len(turn.images) for turn in talk)))  # of like lengths: less is padded
+    kinds = [[kind_of(turn) for turn in talk] for talk in test]
+    attention, rule, rank = VARIANTS[name]
+    if rule:
+        use_rule(rule)
+    torch.manual_seed(seed)
+    model = VisualChat(load_vit(vision_model), load_llama(language_model), attention)
+    if rank:
+        add_lora(model.language_model.model.layers, rank)
+    model.set_trained()
+    files = sorted({image for talk in training + test for turn in talk for image in turn.images})
+    features = features_of(files, model.vision_model, read_preprocessing(vision_model, model.vision_model.config.image_size))
+    model.vision_model.forward = lambda features: features  # frozen: it has been asked once
+    tokenizer = Tokenizer(language_model / "tokenizer.model")
+    training, test = ([encode(talk, tokenizer, model.image_tokens) for talk in part] for part in (training, test))
+    for example in training + test:
+        example.pixels = [features[image] for image in example.images]
+
+    trained, rise = [p for p in model.parameters() if p.requires_grad], round(WARMUP * steps)
+    optimizer = torch.optim.AdamW(trained, RATE, (0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) / rise if step < rise else (
+        1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2)
+    rng, left, began = random.Random(seed), [], time.process_time()
+    for _ in range(steps):
+        while len(left) < BATCH:
+            left += rng.sample(training, len(training))
+        now, left = sorted(left[:BATCH], key=lambda example: len(example.input_ids)), left[BATCH:]
+        count = sum(int((example.labels != -100).sum()) for example in now)
+        for half in (now[:BATCH // 2], now[BATCH // 2:]):  # of like lengths: less is padded
+            (model(**collate(half))[0].sum() / count).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step(), schedule.step(), optimizer.zero_grad()
+    seconds, right, asked = time.process_time() - began, Counter(), Counter()
+    with torch.inference_mode():
+        for n in range(0, len(test), 50):
+            answers = model(**collate(test[n:n + 50]))[1].split([length for example in test[n:n + 50] for length in answer_lengths(example)])
+            for kind, hits in zip(chain(*kinds[n:n + 50]), answers, strict=True):
+                right[kind] += bool(hits.all())
+                asked[kind] += 1
+    return {"seconds": round(seconds, 1), "trained": sum(p.numel() for p in trained), "asked": dict(asked), "right": dict(right)}
+
+
+# ---- all of them, the tables and the figure --------------------------------------------------------------------------
+
+def spread(values):
+    """Mean and standard deviation over the seeds, as text"""
+    values = [100 * value for value in values]
+    return f"{statistics.mean(values):5.1f} ± {statistics.stdev(values) if values[1:] else 0:3.1f}"
+
+
+def share(line, kinds):
+    """The share of these kinds of questions that a run answered exactly"""
+    return sum(line["right"][kind] for kind in kinds) / sum(line["asked"][kind] for kind in kinds)
+
+
+def table(lines):
+    """Print a row for each mechanism and size of training set: held-out exact match in percent by kind of question"""
+    kinds = [kind for kind in (*KINDS, "one picture") if kind in lines[0]["asked"]]
+    columns = {kind: [kind] for kind in kinds} | ({"all but one picture": list(KINDS)} if kinds[1:] else {})
+    rows = defaultdict(list)
+    for line in lines:
+        rows[line["size"], line["kind"]].append(line)
+    print(f"{'samples':>7}  {'':28}" + "".join(f"{column:>21}" for column in columns) + f"{'trained':>12}{'s / step':>10}{'seeds':>7}")
+    for (size, kind), runs in sorted(rows.items(), key=lambda item: (item[0][0], list(VARIANTS).index(item[0][1]))):
+        seconds = statistics.median(line["seconds"] / line["steps"] for line in runs)
+        print(f"{size:7}  {kind:28}" + "".join(f"{spread([share(line, names) for line in runs]):>21}" for names in columns.values())
+              + f"{runs[0]['trained']:12,}{seconds:10.3f}{len(runs):7}")
+
+
+def figure(lines, file):
+    """Accuracy against the number of training samples, one panel for each kind of question, bars over the seeds"""
+    try:
+        import matplotlib
+    except ImportError:
+        return print("no figure: it is drawn by matplotlib (pip install matplotlib)")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    kinds = list(KINDS) + ["one picture"]
+    drawing, panels = pyplot.subplots(1, len(kinds), figsize=(13, 3.4), sharex=True)
+    for panel, kind in zip(panels, kinds):
+        for name in MECHANISMS:
+            runs = {size: [100 * share(line, [kind]) for line in lines if line["kind"] == name and line["size"] == size] for size in SIZES}
+            runs = {size: values for size, values in runs.items() if values}
+            panel.errorbar(list(runs), [statistics.mean(values) for values in runs.values()],
+                           [statistics.stdev(values) if values[1:] else 0 for values in runs.values()], marker="o", capsize=3, label=name)
+        panel.set(title=kind, xscale="log", xlabel="training samples", xticks=SIZES, xticklabels=SIZES)
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("held-out exact match, %")
+    panels[0].legend()
+    drawing.tight_layout()
+    drawing.savefig(file, dpi=110)
+    print(f"the figure is in {file}")
+
+
+def identity(data, language_model, vision_model):
+    """What a run depends on besides its own numbers, as a few letters: bases, data, recipe"""
+    whole = hashlib.sha256(f"{SETS} {BATCH} {RATE} {RANK} {WARMUP}".encode())
+    for file in sorted([*data.rglob("*.json"), language_model / "model.safetensors", vision_model / "model.safetensors"]):
+        whole.update(file.read_bytes())
+    return whole.hexdigest()[:12]
+
+
+def main():
+    """The command line"""
+    parser = argparse.ArgumentParser(description="Causal attention, cross attention and MMCA on the demo's data.")
+    parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="runs of each kind (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="2 sizes, 1 seed, 100 steps, no ablations")
+    parser.add_argument("--out", type=Path, default=Path("out/experiment.jsonl"), help="a line for each run; those that are there are kept")
+    args = parser.parse_args()
+    data = Path("data/demo")
+    if not data.is_dir():
+        parser.error(f"{data} is not there; python demo/make.py {data} draws it")
+    folders = data, ROOT / "demo/language_model", ROOT / "demo/vision_model"
+    sizes, seeds, steps = (SIZES[1::2], 1, 100) if args.quick else (SIZES, args.seeds, STEPS)
+    wanted = [(kind, size, seed, steps) for seed in range(1, seeds + 1) for size in sizes for kind in MECHANISMS]
+    if not args.quick:
+        wanted += [(name, ABLATED, seed, steps) for seed in range(1, seeds + 1) for name in ABLATIONS]
+    names, same = ("kind", "size", "seed", "steps"), identity(*folders)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    lines = {tuple(line[name] for name in names): line for line in lines if line["identity"] == same}
+    missing = sorted((run for run in wanted if run not in lines), key=lambda run: run[2])  # seed by seed
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that begin now: a run takes one core
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn"), max_tasks_per_child=1) as pool:
+        running = {pool.submit(run, *each, *folders): each for each in missing}
+        for done in tqdm(as_completed(running), total=len(running), unit="run", disable=not running):
+            lines[running[done]] = line = dict(zip(names, running[done])) | {"identity": same} | done.result()
+            with open(args.out, "a") as file:
+                print(json.dumps(line), file=file)
+    table([lines[each] for each in wanted])
+    figure([lines[each] for each in wanted], args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The experiment's other rules, and that it goes on where it was stopped. python -m pytest tests/test_experiment.py"""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import experiment
+import train
+from mmca import IMAGE, TEXT
+
+T, I = TEXT, IMAGE  # noqa: E741
+
+
+@pytest.mark.parametrize("rule, rows", [
+    (experiment.union, "1... 11.. ..1. 1111"),
+    (experiment.earlier_text, "1... 11.. 111. 1121"),
+    (experiment.average, "1... 11.. ..1. 1121")])
+def test_the_other_rules(rule, rows):
+    M, _ = rule(torch.tensor([[T, T, I, T]]))
+    assert " ".join("".join(map(str, row)).replace("0", ".") for row in M[0].tolist()) == rows
+
+
+def test_the_average_is_half_the_sum_where_there_are_two(monkeypatch):
+    monkeypatch.setattr(experiment.visualchat, "pattern", None)
+    monkeypatch.setattr(experiment.visualchat, "attend", None)
+    q, k, v = torch.randn(3, 1, 2, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    modality, results = torch.tensor([[T, T, I, T]]), []
+    for rule in (lambda modality: (experiment.average(modality)[0], False), experiment.average):
+        experiment.use_rule(rule)
+        results.append(experiment.visualchat.attend(q, k, v, experiment.visualchat.pattern(modality, modality, "mmca")))
+    assert torch.equal(results[0][:, :, :3], results[1][:, :, :3]) and torch.equal(results[0][:, :, 3], 2 * results[1][:, :, 3])
+
+
+def test_a_run_is_kept_and_the_next_start_goes_on(tmp_path, monkeypatch, capsys):
+    subprocess.run([sys.executable, ROOT / "demo/make.py", tmp_path / "data/demo", "--scenes", "20"], check=True)
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"SIZES": (8,), "STEPS": 2, "ABLATIONS": {}, "MECHANISMS": {"mmca": None}}.items():
+        monkeypatch.setattr(experiment, name, value)
+    monkeypatch.setattr(sys, "argv", ["experiment.py", "--seeds", "1"])
+    experiment.main()
+    first, file = capsys.readouterr().out, tmp_path / "out/experiment.jsonl"
+    (line,) = map(json.loads, file.read_text().splitlines())
+    assert line["kind"] == "mmca" and line["trained"] == 275_328 and sum(line["asked"].values()) > 20
+    share = 100 * line["right"].get("one picture", 0) / line["asked"]["one picture"]
+    assert f"{share:.1f} ± 0.0" in first
+    monkeypatch.setattr(sys, "argv", ["experiment.py", "--seeds", "2"])
+    experiment.main()
+    assert [json.loads(text)["seed"] for text in file.read_text().splitlines()] == [1, 2]
+
+
+def test_it_trains_as_the_demo_does():
+    flags = {flag: values.split() for flag, _, values in (part.partition(" ") for part in train.DEMO.split("--")[1:])}
+    assert flags["datasets"] == list(experiment.SETS) and flags["samples"] == list(map(str, experiment.SETS.values()))
+    assert [float(flags[name][0]) for name in ("batch_size", "learning_rate", "lora_rank")] == [experiment.BATCH, experiment.RATE, experiment.RANK]
