@@ -170,14 +170,14 @@ def share(line, kinds):
 def table(lines):
     """Print a row for each mechanism and size of training set: held-out exact match in percent by kind of question"""
     kinds = [kind for kind in (*KINDS, "one picture") if kind in lines[0]["asked"]]
-    columns = {kind: [kind] for kind in kinds} | ({"all but one picture": list(KINDS)} if kinds[1:] else {})
+    columns = {kind: [kind] for kind in kinds} | ({"several pictures": list(KINDS)} if kinds[1:] else {})
     rows = defaultdict(list)
     for line in lines:
         rows[line["size"], line["kind"]].append(line)
-    print(f"{'samples':>7}  {'':28}" + "".join(f"{column:>21}" for column in columns) + f"{'trained':>12}{'s / step':>10}{'seeds':>7}")
+    print(f"{'samples':>7}  {'':28}" + "".join(f"{column:>18}" for column in columns) + f"{'trained':>12}{'s / step':>10}{'seeds':>7}")
     for (size, kind), runs in sorted(rows.items(), key=lambda item: (item[0][0], list(VARIANTS).index(item[0][1]))):
         seconds = statistics.median(line["seconds"] / line["steps"] for line in runs)
-        print(f"{size:7}  {kind:28}" + "".join(f"{spread([share(line, names) for line in runs]):>21}" for names in columns.values())
+        print(f"{size:7}  {kind:28}" + "".join(f"{spread([share(line, names) for line in runs]):>18}" for names in columns.values())
               + f"{runs[0]['trained']:12,}{seconds:10.3f}{len(runs):7}")
 
 
@@ -201,8 +201,8 @@ def figure(lines, file):
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("held-out exact match, %")
-    panels[0].legend()
-    drawing.tight_layout()
+    drawing.legend(*panels[0].get_legend_handles_labels(), loc="upper center", ncols=len(MECHANISMS), frameon=False)
+    drawing.tight_layout(rect=(0, 0, 1, 0.93))
     drawing.savefig(file, dpi=110)
     print(f"the figure is in {file}")
 
