@@ -44,7 +44,7 @@ KINDS = {"difference": r"What is the difference", "which image": r"Which (image 
          "one of several": r" in (image \w+|the \w+ image)\?$"}  # the rest is asked about one picture by itself
 
 
-# ---- other rules, as edited Ms ---------------------------------------------------------------------------------------
+# ---- other rules: modality (B, T) -> an edited M (B, T, T), and whether the sum of its two softmaxes is halved ---------
 
 def union(modality):
     """One softmax over all that MMCA sees"""
@@ -169,8 +169,7 @@ def share(line, kinds):
 
 def table(lines):
     """Print a row for each mechanism and size of training set: held-out exact match in percent by kind of question"""
-    kinds = [kind for kind in (*KINDS, "one picture") if kind in lines[0]["asked"]]
-    columns = {kind: [kind] for kind in kinds} | ({"several pictures": list(KINDS)} if kinds[1:] else {})
+    columns = {kind: [kind] for kind in (*KINDS, "one picture")} | {"several pictures": list(KINDS)}
     rows = defaultdict(list)
     for line in lines:
         rows[line["size"], line["kind"]].append(line)
