@@ -1,7 +1,8 @@
 """The paper's claim at the size of a laptop: MMCA learns from as few samples as cross attention, at the cost of causal attention.
 
     python tests/experiment.py            causal, cross and mmca from demo/'s two models, 5 sizes of training set, 5 seeds each; at one
-                                          size other rules for the image tokens, and no LoRA: 100 runs, one for each core at a time
+                                          size other rules for the image tokens, no LoRA, and (3 seeds) the three with three times
+                                          the steps: 109 runs, one for each core at a time
     python tests/experiment.py --seeds 1  a fifth of it
     python tests/experiment.py --quick    causal, cross and mmca, 2 sizes, 1 seed, a third of the steps: minutes
 
@@ -39,7 +40,7 @@ from vision import load_image, positive, preprocess, read_preprocessing  # noqa:
 
 SETS = {"llava": 1200, "llava_dial": 1200, "otter_mimicit_cgd": "all", "llava_otter_blend": "all", "sparkles_dialogue": "all"}  # train.py's DEMO
 BATCH, RATE, RANK, WARMUP = 16, 6e-3, 16, 0.1  # and so are these
-SIZES, STEPS, ABLATED = (250, 500, 1000, 2000, 4000), 300, 2000  # the steps are the same for every size
+SIZES, STEPS, ABLATED, LONGER = (250, 500, 1000, 2000, 4000), 300, 2000, 900  # the steps are the same for every size
 KINDS = {"difference": r"What is the difference", "which image": r"Which (image )?has",
          "one of several": r" in (image \w+|the \w+ image)\?$"}  # the rest is asked about one picture by itself
 
@@ -167,16 +168,25 @@ def share(line, kinds):
     return sum(line["right"][kind] for kind in kinds) / sum(line["asked"][kind] for kind in kinds)
 
 
-def table(lines):
-    """Print a row for each mechanism and size of training set: held-out exact match in percent by kind of question"""
+def always_the_same(talks):
+    """A line as of a run that answers each question by the most frequent answer of its kind"""
+    answers = defaultdict(Counter)
+    for turn in chain(*talks):
+        answers[kind_of(turn)][turn.answer] += 1
+    return {"asked": {kind: each.total() for kind, each in answers.items()}, "right": {kind: max(each.values()) for kind, each in answers.items()}}
+
+
+def table(lines, guess):
+    """Print a row for each mechanism, size of training set and number of steps: held-out exact match in percent by kind of question"""
     columns = {kind: [kind] for kind in (*KINDS, "one picture")} | {"several pictures": list(KINDS)}
     rows = defaultdict(list)
     for line in lines:
-        rows[line["size"], line["kind"]].append(line)
-    print(f"{'samples':>7}  {'':28}" + "".join(f"{column:>18}" for column in columns) + f"{'trained':>12}{'s / step':>10}{'seeds':>7}")
-    for (size, kind), runs in sorted(rows.items(), key=lambda item: (item[0][0], list(VARIANTS).index(item[0][1]))):
-        seconds = statistics.median(line["seconds"] / line["steps"] for line in runs)
-        print(f"{size:7}  {kind:28}" + "".join(f"{spread([share(line, names) for line in runs]):>18}" for names in columns.values())
+        rows[line["size"], line["steps"], line["kind"]].append(line)
+    print(f"{'samples':>7}{'steps':>7}  {'':28}" + "".join(f"{column:>18}" for column in columns) + f"{'trained':>12}{'s / step':>10}{'seeds':>7}")
+    print(f"{'':16}{'the most frequent answer':28}" + "".join(f"{spread([share(guess, names)]):>18}" for names in columns.values()))
+    for (size, steps, kind), runs in sorted(rows.items(), key=lambda row: (*row[0][:2], list(VARIANTS).index(row[0][2]))):
+        seconds = statistics.median(line["seconds"] / steps for line in runs)
+        print(f"{size:7}{steps:7}  {kind:28}" + "".join(f"{spread([share(line, names) for line in runs]):>18}" for names in columns.values())
               + f"{runs[0]['trained']:12,}{seconds:10.3f}{len(runs):7}")
 
 
@@ -229,6 +239,7 @@ def main():
     wanted = [(kind, size, seed, steps) for seed in range(1, seeds + 1) for size in sizes for kind in MECHANISMS]
     if not args.quick:
         wanted += [(name, ABLATED, seed, steps) for seed in range(1, seeds + 1) for name in ABLATIONS]
+        wanted += [(name, ABLATED, seed, LONGER) for seed in range(1, min(seeds, 3) + 1) for name in MECHANISMS]
     names, same = ("kind", "size", "seed", "steps"), identity(*folders)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
@@ -241,8 +252,8 @@ def main():
             lines[running[done]] = line = dict(zip(names, running[done])) | {"identity": same} | done.result()
             with open(args.out, "a") as file:
                 print(json.dumps(line), file=file)
-    table([lines[each] for each in wanted])
-    figure([lines[each] for each in wanted], args.out.with_suffix(".png"))
+    table([lines[each] for each in wanted], always_the_same(conversations(data / "held_out", dict.fromkeys(SETS, "all"), 0)))
+    figure([lines[each] for each in wanted if each[3] == steps], args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -37,18 +37,18 @@ def test_the_average_is_half_the_sum_where_there_are_two(monkeypatch):
 def test_a_run_is_kept_and_the_next_start_goes_on(tmp_path, monkeypatch, capsys):
     subprocess.run([sys.executable, ROOT / "demo/make.py", tmp_path / "data/demo", "--scenes", "20"], check=True)
     monkeypatch.chdir(tmp_path)
-    for name, value in {"SIZES": (8,), "STEPS": 2, "ABLATIONS": {}, "MECHANISMS": {"mmca": None}}.items():
+    for name, value in {"SIZES": (8,), "STEPS": 2, "ABLATED": 8, "LONGER": 3, "ABLATIONS": {}, "MECHANISMS": {"mmca": None}}.items():
         monkeypatch.setattr(experiment, name, value)
     monkeypatch.setattr(sys, "argv", ["experiment.py", "--seeds", "1"])
     experiment.main()
     first, file = capsys.readouterr().out, tmp_path / "out/experiment.jsonl"
-    (line,) = map(json.loads, file.read_text().splitlines())
-    assert line["kind"] == "mmca" and line["trained"] == 275_328 and sum(line["asked"].values()) > 20
+    line, longer = sorted(map(json.loads, file.read_text().splitlines()), key=lambda line: line["steps"])
+    assert [line["steps"], longer["steps"]] == [2, 3] and line["kind"] == "mmca" and line["trained"] == 275_328 and sum(line["asked"].values()) > 20
     share = 100 * line["right"].get("one picture", 0) / line["asked"]["one picture"]
     assert f"{share:.1f} ± 0.0" in first
     monkeypatch.setattr(sys, "argv", ["experiment.py", "--seeds", "2"])
     experiment.main()
-    assert [json.loads(text)["seed"] for text in file.read_text().splitlines()] == [1, 2]
+    assert [json.loads(text)["seed"] for text in file.read_text().splitlines()] == [1, 1, 2, 2]
 
 
 def test_it_trains_as_the_demo_does():
