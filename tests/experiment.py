@@ -21,7 +21,6 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import chain, groupby
 from multiprocessing import get_context
 from pathlib import Path
@@ -109,8 +108,9 @@ def answer_lengths(example):
     return [len(list(run)) for trained, run in groupby((example.labels != -100).tolist()) if trained]
 
 
-def run(name, size, seed, steps, data, language_model, vision_model):
+def run(job):
     """Train on `size` conversations, measure on all that are held out -> what stands in a line of --out"""
+    name, size, seed, steps, data, language_model, vision_model = job
     torch.set_num_threads(1)
     training, test = conversations(data / "train", SETS, seed)[:size], conversations(data / "held_out", dict.fromkeys(SETS, "all"), 0)
     test.sort(key=lambda talk: (len(talk), sum(len(turn.images) for turn in talk)))  # of like lengths: less is padded
@@ -152,15 +152,16 @@ def run(name, size, seed, steps, data, language_model, vision_model):
             for kind, hits in zip(chain(*kinds[n:n + 50]), answers, strict=True):
                 right[kind] += bool(hits.all())
                 asked[kind] += 1
-    return {"seconds": round(seconds, 1), "trained": sum(p.numel() for p in trained), "asked": dict(asked), "right": dict(right)}
+    return {"kind": name, "size": size, "seed": seed, "steps": steps, "seconds": round(seconds, 1),
+            "trained": sum(p.numel() for p in trained), "asked": dict(asked), "right": dict(right)}
 
 
 # ---- all of them, the tables and the figure --------------------------------------------------------------------------
 
 def spread(values):
-    """Mean and standard deviation over the seeds, as text"""
+    """Mean and standard deviation over the seeds, as text; of one seed its value"""
     values = [100 * value for value in values]
-    return f"{statistics.mean(values):5.1f} ± {statistics.stdev(values) if values[1:] else 0:3.1f}"
+    return f"{statistics.mean(values):5.1f}" + (f" ± {statistics.stdev(values):3.1f}" if values[1:] else " " * 6)
 
 
 def share(line, kinds):
@@ -199,7 +200,7 @@ def figure(lines, file):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     kinds = list(KINDS) + ["one picture"]
-    drawing, panels = pyplot.subplots(1, len(kinds), figsize=(13, 3.4), sharex=True)
+    drawing, panels = pyplot.subplots(1, len(kinds), figsize=(13, 3.4), sharex=True, sharey=True)
     for panel, kind in zip(panels, kinds):
         for name in MECHANISMS:
             runs = {size: [100 * share(line, [kind]) for line in lines if line["kind"] == name and line["size"] == size] for size in SIZES}
@@ -227,8 +228,9 @@ def identity(data, language_model, vision_model):
 def main():
     """The command line"""
     parser = argparse.ArgumentParser(description="Causal attention, cross attention and MMCA on the demo's data.")
-    parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="runs of each kind (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="2 sizes, 1 seed, 100 steps, no ablations")
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument("--seeds", type=positive, default=5, metavar="N", help="runs of each kind (%(default)s)")
+    some.add_argument("--quick", action="store_true", help="2 sizes, 1 seed, 100 steps, no ablations")
     parser.add_argument("--out", type=Path, default=Path("out/experiment.jsonl"), help="a line for each run; those that are there are kept")
     args = parser.parse_args()
     data = Path("data/demo")
@@ -246,12 +248,11 @@ def main():
     lines = {tuple(line[name] for name in names): line for line in lines if line["identity"] == same}
     missing = sorted((run for run in wanted if run not in lines), key=lambda run: run[2])  # seed by seed
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that begin now: a run takes one core
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn"), max_tasks_per_child=1) as pool:
-        running = {pool.submit(run, *each, *folders): each for each in missing}
-        for done in tqdm(as_completed(running), total=len(running), unit="run", disable=not running):
-            lines[running[done]] = line = dict(zip(names, running[done])) | {"identity": same} | done.result()
+    with get_context("spawn").Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool:  # Ctrl-C, or a run that fails, ends all
+        for line in tqdm(pool.imap_unordered(run, [(*each, *folders) for each in missing]), total=len(missing), unit="run", disable=not missing):
+            lines[tuple(line[name] for name in names)] = line
             with open(args.out, "a") as file:
-                print(json.dumps(line), file=file)
+                print(json.dumps(line | {"identity": same}), file=file)
     table([lines[each] for each in wanted], always_the_same(conversations(data / "held_out", dict.fromkeys(SETS, "all"), 0)))
     figure([lines[each] for each in wanted if each[3] == steps], args.out.with_suffix(".png"))
 
