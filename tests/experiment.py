@@ -39,7 +39,8 @@ from vision import load_image, positive, preprocess, read_preprocessing  # noqa:
 
 SETS = {"llava": 1200, "llava_dial": 1200, "otter_mimicit_cgd": "all", "llava_otter_blend": "all", "sparkles_dialogue": "all"}  # train.py's DEMO
 BATCH, RATE, RANK, WARMUP = 16, 6e-3, 16, 0.1  # and so are these
-SIZES, STEPS, ABLATED, LONGER = (250, 500, 1000, 2000, 4000), 300, 2000, 900  # the steps are the same for every size
+SIZES, STEPS = (250, 500, 1000, 2000, 4000), 300  # the same steps for every size
+ABLATED, LONGER = 2000, 900  # the size at which everything else is tried, and the larger number of steps
 KINDS = {"difference": r"What is the difference", "which image": r"Which (image )?has",
          "one of several": r" in (image \w+|the \w+ image)\?$"}  # the rest is asked about one picture by itself
 

@@ -9,6 +9,7 @@ from conftest import ROOT
 
 import experiment
 import train
+from data import Turn
 from mmca import IMAGE, TEXT
 
 T, I = TEXT, IMAGE  # noqa: E741
@@ -41,14 +42,27 @@ def test_a_run_is_kept_and_the_next_start_goes_on(tmp_path, monkeypatch, capsys)
         monkeypatch.setattr(experiment, name, value)
     monkeypatch.setattr(sys, "argv", ["experiment.py", "--seeds", "1"])
     experiment.main()
-    first, file = capsys.readouterr().out, tmp_path / "out/experiment.jsonl"
+    file = tmp_path / "out/experiment.jsonl"
     line, longer = sorted(map(json.loads, file.read_text().splitlines()), key=lambda line: line["steps"])
     assert [line["steps"], longer["steps"]] == [2, 3] and line["kind"] == "mmca" and line["trained"] == 275_328 and sum(line["asked"].values()) > 20
-    share = 100 * line["right"].get("one picture", 0) / line["asked"]["one picture"]
-    assert f" {share:.1f} " in first
+    assert [row.split()[:2] for row in capsys.readouterr().out.splitlines()[2:4]] == [["8", "2"], ["8", "3"]]
     monkeypatch.setattr(sys, "argv", ["experiment.py", "--seeds", "2"])
     experiment.main()
     assert [json.loads(text)["seed"] for text in file.read_text().splitlines()] == [1, 1, 2, 2]
+
+
+def test_the_table_has_mean_and_spread_over_seeds_and_the_most_frequent_answers(capsys):
+    talk = [Turn("Which image has a cat?", "Image 1."), Turn("Which image has a sun?", "Image 2."), Turn("Which has more?", "Neither."),
+            Turn("Which image has it?", "Image 2."), Turn("What is the difference between them?", "None."),
+            Turn("How many are in image 2?", "One."), Turn("Describe the image.", "A sun."), Turn("Is it red?", "No.")]
+    guess, kinds = experiment.always_the_same([talk[:3], talk[3:]]), (*experiment.KINDS, "one picture")
+    assert guess["asked"] == {"which image": 4, "difference": 1, "one of several": 1, "one picture": 2}
+    lines = [{"kind": "mmca", "size": 250, "seed": seed, "steps": 10, "seconds": 10 * seed, "trained": 7,
+              "asked": dict.fromkeys(kinds, 10), "right": dict.fromkeys(kinds, right)} for seed, right in ((1, 4), (2, 5), (3, 6))]
+    experiment.table(lines, guess)
+    _, always, mmca = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert always[-5:] == ["100.0", "50.0", "100.0", "50.0", "66.7"]
+    assert mmca == ["250", "10", "mmca", *["50.0", "±", "10.0"] * 5, "7", "2.000", "3"]
 
 
 def test_it_trains_as_the_demo_does():
