@@ -34,8 +34,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import Tokenizer, Turn, encode, printable
-from mmca import IMAGE, TEXT, image_term
-from model import KVCache, VisualChat, choose_device, lay_out, rotate
+from mmca import IMAGE, TEXT, softmax
+from model import KVCache, VisualChat, choose_device, lay_out
 from vision import InputError, ViT, load_image, positive, preprocess, read_json
 
 DEFAULT = Path("out/best")
@@ -216,15 +216,13 @@ class Chat:
         ids, _, pictures = self.said()
         if not pictures:
             raise InputError("no picture has been shown")
-        last, m, total = self.rounds[-1], len(pictures) * model.image_tokens, []
-        one_hot = torch.eye(m, device=self.device)  # in the place of the values: what comes out are the weights
+        last, total = self.rounds[-1], []
 
         def note(attention, inputs):
-            x, cos, sin, who, cache = inputs
-            q = rotate(attention.q_proj(x).unflatten(2, (-1, attention.d)).transpose(1, 2), cos, sin)    # (1, H, T, d)
-            k = cache.keys[:, :, -m:]                                                        # (1, K, m, d)
-            weights = image_term(q, k, one_hot.to(k).expand(*k.shape[:2], m, m), who)        # (1, H, T, m)
-            total.append(weights.float().mean((0, 1, 2)).cpu())
+            x, cos, sin, who, cache, _ = inputs
+            q = attention.query(x, cos, sin, who.n)                     # (1, H, n, d)
+            k, _ = cache.all_images()                                   # (1, K, N P, d)
+            total.append(softmax(q, k, who.image_mask).float().mean((0, 1, 2)).cpu())   # (N P), newest first
 
         start = len(ids) - len(last.ids) + len(last.modality) - 1  # the row from which the answer's first token came
         if self.cache.length < start:

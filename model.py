@@ -125,7 +125,7 @@ def rotate(x, cos, sin):
 def together(x, *linears):
     """x (..., in) through several linear layers -> a list of (..., out). See `lay_out` for what happens to one row."""
     joint = getattr(linears[0], "joint", None)  # (parts, in / parts, out of all) or (parts, in, out of all / parts)
-    if joint is None or x.numel() > x.shape[-1]:
+    if joint is None or x.numel() != x.shape[-1]:
         return [linear(x) for linear in linears]
     parts, rows, _ = joint.shape
     if rows < x.shape[-1]:
@@ -144,7 +144,7 @@ def lay_out(llama):
     groups, parts = [[llama.lm_head]], torch.get_num_threads()
     for layer in llama.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        groups += [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj]]
+        groups += [[attention.q_proj], [attention.k_proj, attention.v_proj], [attention.o_proj]]
         groups += [[mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
     groups = [linears for linears in groups if isinstance(linears[0], nn.Linear)
               and linears[0].weight.device.type == "cpu" and linears[0].weight.dtype == torch.float32]
@@ -168,7 +168,7 @@ def lay_out(llama):
 
 
 class LlamaAttention(nn.Module):
-    """Queries, keys and values of every token, keys and queries rotated to their position; then `mmca.attend`."""
+    """Queries of the words, keys and values of every row, rotated to their position; then `mmca.attend`."""
 
     def __init__(self, config):
         super().__init__()
@@ -177,12 +177,21 @@ class LlamaAttention(nn.Module):
         self.q_proj, self.k_proj = nn.Linear(D, H * d, bias=False), nn.Linear(D, K * d, bias=False)
         self.v_proj, self.o_proj = nn.Linear(D, K * d, bias=False), nn.Linear(H * d, D, bias=False)
 
-    def forward(self, x, cos, sin, pattern, cache=None):
-        """x (B, T, D), cos and sin (B, 1, T, d) -> (B, T, D)"""
-        q, k, v = (rows.unflatten(2, (-1, self.d)).transpose(1, 2)                           # (B, H or K, T, d)
-                   for rows in together(x, self.q_proj, self.k_proj, self.v_proj))
-        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, pattern, cache)            # (B, H, T, d)
-        return together(out.transpose(1, 2).flatten(2), self.o_proj)[0]                      # (B, T, D)
+    def heads(self, x):
+        """x (B, n, heads d) -> (B, heads, n, d)"""
+        return x.unflatten(2, (-1, self.d)).transpose(1, 2)
+
+    def query(self, x, cos, sin, n):
+        """The queries of the first n rows of x (B, n + m, D), rotated -> (B, H, n, d)"""
+        q, = together(x[:, :n], self.q_proj)                                # (B, n, H d)
+        return rotate(self.heads(q), cos[:, :, :n], sin[:, :, :n])
+
+    def forward(self, x, cos, sin, pattern, cache=None, rows=None):
+        """x (B, n + m, D), words first, cos and sin (B, 1, n + m, d) -> (B, n + m, D), or only so many rows of it"""
+        q = self.query(x, cos, sin, pattern.n)                              # (B, H, n, d): an image token asks nothing
+        k, v = map(self.heads, together(x, self.k_proj, self.v_proj))       # (B, K, n + m, d), (B, K, n + m, d)
+        out = attend(q, rotate(k, cos, sin), v, pattern, cache)             # (B, H, n + m, d)
+        return together(out[:, :, :rows].transpose(1, 2).flatten(2), self.o_proj)[0]
 
 
 class LlamaMLP(nn.Module):
@@ -209,9 +218,9 @@ class LlamaLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, pattern, cache=None):
-        """x (B, T, D), cos and sin (B, 1, T, d) -> (B, T, D)"""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, pattern, cache)
+    def forward(self, x, cos, sin, pattern, cache=None, rows=None):
+        """x (B, n + m, D), words first, cos and sin (B, 1, n + m, d) -> (B, n + m, D), or only so many rows of it"""
+        x = x[:, :rows] + self.self_attn(self.input_layernorm(x), cos, sin, pattern, cache, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -225,12 +234,12 @@ class CrossAttention(LlamaAttention):
         self.norm, self.gate = RMSNorm(config.hidden_size, config.rms_norm_eps), nn.Parameter(torch.zeros(1))
 
     def forward(self, x, features, pattern, cache=None):
-        """x (B, n, D) the text rows, features (B, m, D) the new image rows, newest first -> (B, n, D)"""
-        q, k, v = (proj(rows).unflatten(2, (-1, self.d)).transpose(1, 2)                     # (B, heads, n or m, d)
-                   for proj, rows in ((self.q_proj, self.norm(x)), (self.k_proj, features), (self.v_proj, features)))
+        """x (B, n, D) the words, features (B, m, D) the new image tokens, newest first -> (B, n, D)"""
+        q = self.heads(self.q_proj(self.norm(x)))                           # (B, H, n, d)
+        k, v = self.heads(self.k_proj(features)), self.heads(self.v_proj(features))     # (B, K, m, d), (B, K, m, d)
         if cache is not None:
-            k, v = cache.add_images(k, v)
-        out = image_term(q, k, v, pattern)                                                   # (B, H, n, d)
+            k, v = cache.add_images(k, v)                                   # (B, K, all image tokens, d), twice
+        out = image_term(q, k, v, pattern)                                  # (B, H, n, d)
         return x + torch.tanh(self.gate) * self.o_proj(out.transpose(1, 2).flatten(2))       # (B, n, D)
 
 
@@ -247,24 +256,25 @@ class LlamaModel(nn.Module):
         self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, positions, pattern, cache=None, cross_attention=None):
-        """x (B, T, D) embeddings, positions (B, T) -> hidden states (B, T, D). With a cache the T tokens continue it.
-        cross_attention: CrA's L added layers; only text rows then pass the decoder, image rows stay as they were."""
-        rows, whole, features = pattern, x, None
+    def forward(self, x, pattern, cache=None, cross_attention=None):
+        """x (B, n + m, D) embeddings, words first -> hidden states of the words (B, n, D): nobody asks for others.
+
+        With a cache the rows continue it; image tokens that it knows already may be left out of x. cross_attention:
+        CrA's L added layers; only words then pass the decoder, image tokens stay as they were."""
+        features = None
         if cross_attention is not None:
-            rows, x, positions = pattern.text_only("causal"), pattern.queries.take(x), pattern.queries.take(positions)
-            features = pattern.new_images.take(whole)                                        # (B, m, D)
-        cos, sin = rotary(positions, self.config, x.dtype)                                   # (B, 1, T, d)
+            x, features = x[:, :pattern.n], x[:, pattern.n:]                # (B, n, D), (B, m, D)
+        cos, sin = rotary(pattern.positions[:, :x.shape[1]], self.config, x.dtype)           # (B, 1, n + m, d)
         for i, layer in enumerate(self.layers):
             if self.devices and self.devices[i] != x.device:
-                everything = x, whole, features, cos, sin, rows, pattern
-                x, whole, features, cos, sin, rows, pattern = moved(everything, self.devices[i])
-            store = None if cache is None else cache.layer(i)
+                x, features, cos, sin, pattern = moved((x, features, cos, sin, pattern), self.devices[i])
+            store = None if cache is None else cache.layer(i, pattern)
             if cross_attention is not None:
                 x = apply(cross_attention[i], x, features, pattern, store, again=self.gradient_checkpointing)
-            x = apply(layer, x, cos, sin, rows, store, again=self.gradient_checkpointing)
-        x = self.norm(x)
-        return x if cross_attention is None else pattern.queries.put(whole, x)
+            # behind the last keys and values nobody needs an image token
+            rows = pattern.n if layer is self.layers[-1] else None
+            x = apply(layer, x, cos, sin, pattern, store, rows, again=self.gradient_checkpointing)
+        return self.norm(x)                                                 # (B, n, D)
 
 
 def moved(thing, device):
@@ -313,14 +323,13 @@ class Llama(nn.Module):
 
     def forward(self, input_ids):
         """input_ids (B, T), text alone -> logits (B, T, V)"""
-        modality = torch.full_like(input_ids, TEXT)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        x = self.model(self.model.embed_tokens(input_ids), positions, pattern(modality, modality, "causal"))
-        return self.lm_head(x)                                                               # (B, T, V)
+        modality = torch.full_like(input_ids, TEXT)                         # (B, T)
+        x = self.model(self.model.embed_tokens(input_ids), pattern(modality, modality, "causal"))    # (B, T, D)
+        return self.lm_head(x)                                              # (B, T, V)
 
 
 class KVCache:
-    """Keys and values of a conversation, in one buffer a layer: text fills it from the front, pictures from the end.
+    """Keys and values of a conversation, in one buffer a layer: words fill it from the front, image tokens from the end.
 
     So both are whole slices, and `attend` is two plain attentions over them. length: the most tokens it will hold;
     2 L K length d numbers in all. devices: one for each layer, or one device for all."""
@@ -332,13 +341,12 @@ class KVCache:
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for device in devices]   # L times (1, K, length, d)
         self.values = [torch.empty_like(keys) for keys in self.keys]                         # L times (1, K, length, d)
         self.modality = torch.zeros(1, length, dtype=torch.long, device=devices[0])          # (1, length)
-        self.texts = self.images = 0  # tokens held
-        self.placed = 0  # image tokens whose keys and values are there, and which count when the words around them do
+        self.words = self.images = 0  # tokens held
 
     @property
     def length(self):
         """How many tokens it holds"""
-        return self.texts + self.images
+        return self.words + self.images
 
     @property
     def nbytes(self):
@@ -350,52 +358,57 @@ class KVCache:
         stop = self.length + modality.shape[1]
         if stop > self.modality.shape[1]:
             raise InputError(f"the conversation needs {stop} tokens, and there is room for {self.modality.shape[1]}")
-        self.placed = 0
         self.modality[:, self.length:stop] = modality
         return self.modality[:, :stop]
 
     def place(self, picture, position):
         """Put the P tokens of a picture (`VisualChat.read_picture`) at a position: only now are its keys rotated."""
-        stop = self.modality.shape[1] - self.images - self.placed
-        new = slice(stop - picture.images, stop)
-        positions = torch.arange(position, position + picture.images, device=self.modality.device).flip(0)   # (P)
+        P, before = picture.images, int((self.modality[:, :position] == IMAGE).sum())
+        stop = self.modality.shape[1] - before
+        positions = torch.arange(position, position + P, device=self.modality.device).flip(0)    # (P), newest first
         cos, sin = rotary(positions[None], self.config, self.keys[0].dtype)                  # (1, 1, P, d)
         for i, (keys, values) in enumerate(zip(picture.keys, picture.values)):
-            self.keys[i][:, :, new] = rotate(keys, cos.to(keys.device), sin.to(keys.device))
-            self.values[i][:, :, new] = values
-        self.placed += picture.images
+            self.keys[i][:, :, stop - P:stop] = rotate(keys, cos.to(keys.device), sin.to(keys.device))
+            self.values[i][:, :, stop - P:stop] = values
 
     def advance(self, pattern):
-        """After the last layer: only now the new tokens count as held (under "causal" all of them as text)."""
-        self.texts, self.images = self.texts + pattern.queries.n, self.images + self.placed + pattern.new_images.n
+        """After the last layer: only now the new tokens count as held (under "causal" all of them as words)."""
+        self.words += pattern.n
+        self.images += pattern.positions.shape[1] - pattern.n
 
     def truncate(self, length):
         """Hold the first `length` tokens only"""
         images = int((self.modality[:, :length] == IMAGE).sum()) if self.images else 0
-        self.texts, self.images = length - images, images
+        self.words, self.images = length - images, images
 
-    def layer(self, i):
-        """The part of layer i, as `attend` and `CrossAttention` use it"""
-        return _CacheLayer(self, self.keys[i], self.values[i])
+    def layer(self, i, pattern):
+        """The part of layer i in the pass of a pattern, as `attend` and `CrossAttention` use it"""
+        return _CacheLayer(self.keys[i], self.values[i], self.words, pattern.image_mask.shape[3])
 
 
 @dataclass
 class _CacheLayer:
-    cache: KVCache
-    keys: torch.Tensor
-    values: torch.Tensor
+    keys: torch.Tensor    # (1, K, length, d)
+    values: torch.Tensor  # (1, K, length, d)
+    words: int            # held before this pass
+    images: int           # with those of this pass
 
-    def add_text(self, keys, values):
-        """New text (1, K, n, d) behind the old -> all of it (1, K, texts, d)"""
-        start, stop = self.cache.texts, self.cache.texts + keys.shape[2]
-        self.keys[:, :, start:stop], self.values[:, :, start:stop] = keys, values
+    def add_words(self, k, v):
+        """New words (1, K, n, d) go behind the old -> all of them, twice (1, K, words, d)"""
+        stop = self.words + k.shape[2]
+        self.keys[:, :, self.words:stop], self.values[:, :, self.words:stop] = k, v
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
-    def add_images(self, keys, values):
-        """New image tokens (1, K, n, d), newest first, before the old -> all of them (1, K, images, d)"""
-        stop = self.keys.shape[2] - self.cache.images - self.cache.placed
-        start = stop - keys.shape[2]
-        self.keys[:, :, start:stop], self.values[:, :, start:stop] = keys, values
+    def add_images(self, k, v):
+        """New image tokens (1, K, m, d), newest first, go before the old -> all of them, twice (1, K, images, d); m is 0
+        where `KVCache.place` has put them there"""
+        all_keys, all_values = self.all_images()
+        all_keys[:, :, :k.shape[2]], all_values[:, :, :k.shape[2]] = k, v
+        return all_keys, all_values
+
+    def all_images(self):
+        """Keys and values of all image tokens, newest first (1, K, images, d)"""
+        start = self.keys.shape[2] - self.images
         return self.keys[:, :, start:], self.values[:, :, start:]
 
 
@@ -484,26 +497,35 @@ class VisualChat(nn.Module):
         (U, 3, S, S) are the distinct pictures, image_index (N) says which of them stands at each place. Returns losses
         (n) float32 and hits (n) bool, one for each label but -100, row by row; logits are computed there only."""
         features = self.encode_images(pixels)[image_index] if len(image_index) else None     # (N, P, D)
-        x = self.embed(input_ids, modality, features)                                        # (B, T, D)
-        positions = torch.arange(x.shape[1], device=x.device).expand_as(input_ids)           # (B, T)
-        who = pattern(modality, modality, self.attention)
-        x = self.language_model.model(x, positions, who, None, self.cross_attention)         # (B, T, D)
-        trained = labels[:, 1:] != -100                                                      # (B, T - 1)
-        logits = self.language_model.lm_head(x[:, :-1][trained]).float()                     # (n, V)
-        targets = labels[:, 1:][trained]                                                     # (n)
-        return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets  # (n), (n)
+        fill = 1 if modality.is_cpu else 8  # GPU kernels read a mask by eights, and torch.compile cannot fill it up
+        who = pattern(modality, modality, self.attention, fill)
+        x = who.arrange(self.embed(input_ids, modality, features))          # (B, n + m, D), words first
+        x = self.language_model.model(x, who, None, self.cross_attention)   # (B, n, D)
+        following = F.pad(labels[:, 1:], (0, 1), value=-100)                # (B, T): what each token should say next
+        targets = who.arrange(following)[:, :who.n]                         # (B, n)
+        trained = targets != -100                                           # (B, n)
+        if int(trained.sum()) != int((following != -100).sum()):
+            raise InputError("a label stands on an image token or behind one, where no word says it")
+        logits = self.language_model.lm_head(x[trained]).float()            # (labels, V)
+        targets = targets[trained]                                          # (labels)
+        return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
 
     @torch.inference_mode()
     def read_picture(self, features):
-        """features (P, D) of a picture -> what `read` takes of it. Under MMCA an image token sees only itself, so that
-        its keys and values in all layers depend on nothing else: they are computed here, once for every conversation
-        and place, as a KVCache of P tokens at position 0, where a key is not rotated. Otherwise: the features."""
+        """features (P, D) of a picture -> what `read` takes of it.
+
+        Under MMCA an image token sees only itself, so that its keys and values in all layers depend on nothing else:
+        they are computed here, once for every conversation and place, by the same pass as always, with image tokens
+        and no words. All stand at position 0, where a key is not rotated. Returns a KVCache of P tokens; under the
+        other two the features."""
         if self.attention != "mmca":
             return features
-        model, modality = self.language_model.model, features.new_full((1, len(features)), IMAGE, dtype=torch.long)
-        picture = KVCache(model.config, len(features), list(model.devices) or features.device, features.dtype)
+        model = self.language_model.model
+        modality = features.new_full((1, len(features)), IMAGE, dtype=torch.long)            # (1, P)
         who = pattern(modality, modality)
-        model(features[None], torch.zeros_like(modality), who, picture)
+        who.positions.zero_()
+        picture = KVCache(model.config, len(features), list(model.devices) or features.device, features.dtype)
+        model(features[None].flip(1), who, picture)
         picture.advance(who)
         return picture
 
@@ -511,19 +533,17 @@ class VisualChat(nn.Module):
     def read(self, input_ids, modality, cache, pictures=()):
         """Continue a conversation: T new tokens (1, T), the last a word, go into the cache -> logits of the next (V).
         pictures: what `read_picture` made of each picture among them; under MMCA only the words pass the decoder."""
-        held = cache.length
         who = pattern(modality, cache.append(modality), self.attention)
-        positions = torch.arange(held, held + input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
-        if self.attention == "mmca" and pictures:
-            starts, text = positions[modality == IMAGE][::self.image_tokens], modality[0] == TEXT    # (N), (T)
+        if self.attention == "mmca":
+            starts = who.positions[0, who.n:].flip(0)[::self.image_tokens].tolist()
             if len(starts) != len(pictures):
                 raise InputError(f"{len(starts)} pictures in the tokens, {len(pictures)} given")
-            for start, picture in zip(starts.tolist(), pictures):
+            for start, picture in zip(starts, pictures):
                 cache.place(picture, start)
-            input_ids, modality, positions = input_ids[:, text], modality[:, text], positions[:, text]
-            who, pictures = who.text_only("mmca"), ()
-        x = self.embed(input_ids, modality, torch.stack(pictures) if pictures else None)     # (1, T, D)
-        x = self.language_model.model(x, positions, who, cache, self.cross_attention)        # (1, T, D)
+            x = self.language_model.model.embed_tokens(who.arrange(input_ids)[:, :who.n])    # (1, n, D)
+        else:
+            x = who.arrange(self.embed(input_ids, modality, torch.stack(pictures) if pictures else None))
+        x = self.language_model.model(x, who, cache, self.cross_attention)  # (1, n, D)
         head = self.language_model.lm_head
         logits = together(x[0, -1].to(head.weight.device), head)[0].float()                  # (V)
         cache.advance(who)  # last: until here an interrupt leaves the cache as it was

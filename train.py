@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import (Epoch, Samples, Tokenizer, Turn, arguments, collate, encode, hold_out, printable, read_datasets)
+from mmca import pattern
 from model import (Llama, LlamaConfig, VisualChat, add_lora, choose_device, has_weights, is_main, load_llama, load_vit,
                    make_vit, size_of, vit_sizes, write_json)
 from vision import InputError, number, positive, read_json, read_preprocessing, read_section
@@ -71,6 +73,9 @@ def command_line():
     add("--zero_stage", type=int, choices=[0, 1, 2, 3], default=3, help="what ZeRO spreads over the processes")
     add("--gradient_checkpointing", action="store_true", help="keep each layer's input and compute the rest again in "
         "the backward pass: less memory, more time")
+    add("--compile", action="store_true", help="make one graph of each layer by torch.compile (default: on a GPU; on a "
+        "CPU it takes a C++ compiler and half a minute)")
+    add("--no_compile", dest="compile", action="store_false", help="compute the layers as they are written")
     add("--deepspeed_config", type=Path, metavar="JSON", help="DeepSpeed settings, merged over the built-in ones")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="number format (default: float32 on a CPU, else "
         "bfloat16 if it has it)")
@@ -335,48 +340,75 @@ def make_model(args, conversations, device, dtype, spread):
     return (model if args.zero_stage == 3 else model.to(device=device, dtype=dtype)), tokenizer
 
 
-def finish_batch(samples, dummy):
-    """What Samples gives, several times -> (batch, its trained tokens, tokens, rounds left out, broken samples). A
-    batch without a picture gets a sample of weight zero: under ZeRO-3 all processes must run the same modules."""
+def compile_layers(model, deepspeed):
+    """Make one graph of each layer's forward, so that norms, rotation and casts are fused with what they stand between.
+
+    Under ZeRO-3 the hooks by which every Linear gathers its weights would cut it: a leaf gathers all of its own before
+    its forward."""
+    torch._dynamo.config.recompile_limit = 64  # train and evaluate, last layer, batches of one: a few graphs each
+    layers = [*model.language_model.model.layers, *model.vision_model.blocks, *(model.cross_attention or [])]
+    deepspeed.utils.set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True)  # lengths change from batch to batch
+
+
+def micro_batches(conversations, args, rank, world, done=0):
+    """The indices of the samples of each micro-batch of one process, after `done` steps; some lists are empty.
+
+    A micro-batch is as long as its longest sample. Which sample of a step sits in which of them changes nothing but
+    rounding, since the loss is the mean over the whole step: so the samples of a step are sorted by size, the largest
+    first, and each accumulation round takes a run of them, each process a part of it. Then all work on like sizes."""
+    def size(index):
+        turns = conversations[index]
+        pictures = sum(len(turn.images) for turn in turns)
+        return pictures, sum(len(turn.question) + len(turn.answer) for turn in turns)
+
+    for start in range(0, len(conversations), args.batch_size)[done:]:
+        step = range(start, min(start + args.batch_size, len(conversations)))
+        step = sorted(step, key=size, reverse=True)
+        for first in range(rank * args.micro_batch_size, args.batch_size, world * args.micro_batch_size):
+            yield step[first:first + args.micro_batch_size]
+
+
+def finish_batch(samples, dummy, attention):
+    """What Samples gives, several times -> (batch, what is counted of it, broken samples). A batch without a picture
+    gets a sample of weight zero: under ZeRO-3 all processes must run the same modules."""
     examples, left_out, broken = zip(*samples) if samples else ((), (), ())
     whole = [example for example in examples if example]
     tokens = sum(len(example.input_ids) for example in whole)
     if not any(example.images for example in whole):
         whole.append(dummy)
     batch = collate(whole)
-    return batch, int((batch["labels"] != -100).sum()), tokens, sum(left_out), [text for text in broken if text]
+    rows = pattern(batch["modality"], batch["modality"], attention).positions.numel()
+    counts = Counter(tokens=tokens, trained_tokens=int((batch["labels"] != -100).sum()), rows=rows,
+                     rounds_left_out=sum(left_out))
+    return batch, counts, [text for text in broken if text]
 
 
 def batches(conversations, model, tokenizer, args, done=0):
-    """An iterator of this process's micro-batches after `done` steps, read by workers; some may be empty.
-
-    Step s takes samples s * batch_size and on; micro-batch m of process r the r-th part of the m-th round of them, so
-    that all processes get equally many."""
-    side, size, world = model.vision_model.config.image_size, args.micro_batch_size, dist.get_world_size()
+    """An iterator of this process's micro-batches after `done` steps, read by workers; equally many for all"""
+    side = model.vision_model.config.image_size
     samples = Samples(conversations, tokenizer, model.image_tokens, model.preprocessing, args.max_length,
                       args.max_images)
     dummy = encode([Turn("", None, ["dummy"])], tokenizer, model.image_tokens)
     dummy.pixels = [torch.zeros(3, side, side)]
-    first = done * args.batch_size + dist.get_rank() * size
-    stop = math.ceil(len(samples) / args.batch_size) * args.batch_size
-    sampler = [range(len(samples))[start:start + size] for start in range(first, stop, size * world)]
+    sampler = micro_batches(conversations, args, dist.get_rank(), dist.get_world_size(), done)
     return iter(torch.utils.data.DataLoader(samples, batch_sampler=sampler, num_workers=args.workers,
-                                            collate_fn=partial(finish_batch, dummy=dummy),
+                                            collate_fn=partial(finish_batch, dummy=dummy, attention=model.attention),
                                             multiprocessing_context="fork" if args.workers else None))  # shares Packed
 
 
 def next_step(loader, accumulation, device):
-    """(micro-batches of one step, and over all processes: trained tokens, tokens, rounds left out, broken samples);
-    None at the end"""
+    """(micro-batches of one step; over all processes what is counted of them, and broken samples); None at the end"""
     parts = list(itertools.islice(loader, accumulation))
     if not parts:
         return None
-    micro_batches, *counts, broken = zip(*parts)
+    micro_batches, counts, broken = zip(*parts)
     everywhere = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, [*map(sum, counts), sum(broken, [])])
-    *counts, broken = zip(*everywhere)
+    dist.all_gather_object(everywhere, (sum(counts, Counter()), sum(broken, [])))
+    counts, broken = zip(*everywhere)
     moved = [{name: value.to(device) for name, value in batch.items()} for batch in micro_batches]
-    return moved, *map(sum, counts), sum(broken, [])
+    return moved, sum(counts, Counter()), sum(broken, [])
 
 
 @torch.no_grad()
@@ -473,6 +505,8 @@ def train(args):
         rise = max(1, round(args.warmup * total))
         return (step + 1) / rise if step < rise else (1 + math.cos(math.pi * (step - rise) / max(1, total - rise))) / 2
 
+    if args.compile or args.compile is None and device.type != "cpu":
+        compile_layers(model, deepspeed)
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=groups, config=settings,
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule))
@@ -504,8 +538,9 @@ def train(args):
         loader = batches(samples, model, tokenizer, args, run.step - starts[run.epoch])
         began = time.perf_counter()
         while run.step < total and (work := next_step(loader, accumulation, device)):
-            parts, count, tokens, left_out, sentences = work
+            parts, counts, sentences = work
             note(sentences)
+            tokens, count = counts["tokens"], counts["trained_tokens"]
             loss = torch.zeros((), device=device)
             for batch in parts:
                 losses, _ = engine(**batch)
@@ -516,9 +551,10 @@ def train(args):
                 engine.step()
             dist.all_reduce(loss)
             loss, seconds, began = loss.item() / max(count, 1), time.perf_counter() - began, time.perf_counter()
-            run.step, run.rounds_left_out = run.step + 1, run.rounds_left_out + left_out
+            run.step, run.rounds_left_out = run.step + 1, run.rounds_left_out + counts["rounds_left_out"]
             write(epoch=run.epoch + 1, loss=loss, learning_rate=rate, tokens=tokens, trained_tokens=count,
-                  tokens_per_second=round(tokens / seconds, 1), seconds=round(seconds, 4))
+                  real_rows=round(tokens / counts["rows"], 4), tokens_per_second=round(tokens / seconds, 1),
+                  seconds=round(seconds, 4))
             bar.update()
             bar.set_postfix_str(f"loss {loss:.4f}, learning rate {rate:.2e}, {tokens / seconds:.0f} tokens/s")
             if run.step % args.save_every == 0:
@@ -570,7 +606,9 @@ def main():
         elif isinstance(error, OSError):  # a full disk
             reason = f"{error.filename or args.out}: {error.strerror or error}"
         elif isinstance(error, RuntimeError):
-            raise
+            if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise
+            reason = f"a layer cannot be compiled: {reason.splitlines()[0]}; --no_compile computes it as it is written"
         tqdm.write(printable(f"train.py: {reason}"), file=sys.stderr)  # on its own line, whatever the bar does
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(2) if dist.is_initialized() else sys.exit(2)

@@ -80,19 +80,24 @@ def bench_mmca(args):
     for name, rows in batches.items():
         T = max(map(len, rows))
         modality = torch.tensor([row + [PAD] * (T - len(row)) for row in rows], device=args.device)
+        ready, M = pattern(modality, modality), attention_matrix(modality, modality)
         q, k, v = (torch.randn(len(rows), H, T, d, requires_grad=True, **new) for _ in range(3))
-        ready, gradient = pattern(modality, modality), torch.randn(len(rows), H, T, d, **new)
-        M = attention_matrix(modality, modality)
+        rows_first = len(rows), H, ready.positions.shape[1], d
+        words_q = torch.randn(len(rows), H, ready.n, d, requires_grad=True, **new)
+        first_k, first_v = (torch.randn(rows_first, requires_grad=True, **new) for _ in range(2))
 
-        def both(forward):
+        def both(forward, *inputs):
+            gradient = torch.randn_like(forward(*inputs))
+
             def run():
-                forward().backward(gradient)
-                q.grad = k.grad = v.grad = None
+                forward(*inputs).backward(gradient)
+                for tensor in inputs:
+                    tensor.grad = None
             return run
 
-        functions = {"causal attention (torch's scaled_dot_product_attention)": both(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)),
-                     "MMCA, attend": both(lambda: attend(q, k, v, ready)),
-                     "MMCA, the formula word for word": both(lambda: attend_explicit(q, k, v, M)),
+        functions = {"causal attention (torch's scaled_dot_product_attention)": both(partial(F.scaled_dot_product_attention, is_causal=True), q, k, v),
+                     "MMCA, attend": both(partial(attend, pattern=ready), words_q, first_k, first_v),
+                     "MMCA, the formula word for word": both(partial(attend_explicit, M=M), q, k, v),
                      "making the pattern (once a forward, for all layers)": lambda: pattern(modality, modality)}
         causal, *others = medians(list(functions.values()), args.rounds, partial(synchronize, args.device))
         texts = (modality == TEXT).sum(1)

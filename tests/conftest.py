@@ -44,8 +44,9 @@ def sequence(text, seed=0, image_tokens=17):
 
 @torch.inference_mode()
 def all_logits(model, ids, modality, features=None):
-    """The logits of every position (B, T, V), everything at once"""
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
-    x = model.language_model.model(model.embed(ids, modality, features), positions,
-                                   pattern(modality, modality, model.attention), None, model.cross_attention)
-    return model.language_model.lm_head(x)
+    """The logits of every position (B, T, V), everything at once; zero at image tokens where words alone come out"""
+    who = pattern(modality, modality, model.attention)
+    x = who.arrange(model.embed(ids, modality, features))
+    words = model.language_model.model(x, who, None, model.cross_attention)
+    none = words.new_zeros(len(words), x.shape[1] - who.n, words.shape[2])
+    return model.language_model.lm_head(who.restore(torch.cat([words, none], 1)))

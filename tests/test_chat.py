@@ -20,7 +20,7 @@ from conftest import FIXTURES, ROOT, all_logits, tiny_model
 import chat as chat_module
 from chat import Chat, attachments, completions, pick, repl, run_script, spotlight, stream
 from data import Tokenizer, Turn, encode, own
-from mmca import attention_matrix
+from mmca import attention_matrix, pattern
 from model import rotary, rotate
 from vision import InputError, load_image, preprocess
 
@@ -216,7 +216,7 @@ def test_look_is_the_second_softmax(tmp_path):
     config, M = model.language_model.config, attention_matrix(modality, modality)
     cos, sin = rotary(torch.arange(ids.shape[1])[None], config, torch.float32)
     for attention, x in inputs:
-        x = x.clone()
+        x = pattern(modality, modality).restore(x.clone())
         q, k = (rotate(proj(x).unflatten(2, (-1, config.head_dim)).transpose(1, 2), cos, sin) for proj in (attention.q_proj, attention.k_proj))
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         scores = (q @ k.transpose(2, 3) / config.head_dim ** 0.5).masked_fill((M != 2)[:, None], -torch.inf)

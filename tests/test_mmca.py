@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmca import IMAGE, PAD, TEXT, attend, attend_explicit, attention_matrix, pattern
+from mmca import IMAGE, PAD, TEXT, attend, attend_explicit, attention_matrix, pattern, softmax
+from model import KVCache, LlamaConfig
 
 ROOT = Path(__file__).parent.parent
 KINDS = "mmca", "causal", "cross"
@@ -59,6 +60,32 @@ def random_modality(generator, B, T):
     return torch.tensor(rows)
 
 
+def by_position(function, who, x):
+    """`who.arrange` or `who.restore` of x (B, H, T, d), whose positions are the third dimension"""
+    return function(x.transpose(1, 2)).transpose(1, 2)
+
+
+def fast(q, k, v, modality, kind, fill=1):
+    """`attend` for queries (B, H, Tq, d) that are the last of the Tk positions, in reading order. Those before them lie in a cache"""
+    Tq, Tk = q.shape[2], k.shape[2]
+    query_modality, layer = modality[:, Tk - Tq:], None
+    if Tq < Tk:
+        cache = KVCache(LlamaConfig(1, 1, 1, q.shape[1], k.shape[1], q.shape[3], 1), Tk, "cpu", q.dtype)
+        for start, stop in ((0, (Tk - Tq) // 2), ((Tk - Tq) // 2, Tk - Tq)):  # in two rounds
+            part = modality[:, start:stop]
+            who = pattern(part, cache.append(part), kind)
+            keys, values = (by_position(who.arrange, who, x[:, :, start:stop]) for x in (k, v))
+            held = cache.layer(0, who)
+            held.add_words(keys[:, :, :who.n], values[:, :, :who.n]), held.add_images(keys[:, :, who.n:], values[:, :, who.n:])
+            cache.advance(who)
+        cache.append(query_modality)
+    who = pattern(query_modality, modality, kind, fill)
+    if Tq < Tk:
+        layer = cache.layer(0, who)
+    q, k, v = (by_position(who.arrange, who, x[:, :, x.shape[2] - Tq:]) for x in (q, k, v))
+    return by_position(who.restore, who, attend(q[:, :, :who.n], k, v, who, layer))
+
+
 def compare(modality, Tq, kind, H=4, K=2, d=8, seed=0):
     g = torch.Generator().manual_seed(seed)
     B, Tk = modality.shape
@@ -71,14 +98,14 @@ def compare(modality, Tq, kind, H=4, K=2, d=8, seed=0):
     if kind == "cross":
         M = M * (M == 1)
     results = []
-    for run in (lambda: attend(q, k, v, pattern(query_modality, modality, kind)), lambda: attend_explicit(q, k, v, M)):
+    for run in (lambda: fast(q, k, v, modality, kind), lambda: attend_explicit(q, k, v, M)):
         out = run()
         assert out.shape == (B, H, Tq, d) and out.isfinite().all()
         grads = torch.autograd.grad((out * weight)[real].sum(), (q, k, v))
         assert all(g.isfinite().all() for g in grads)
         results.append((out.detach().masked_fill(~real, 0), *grads))
-    for fast, explicit in zip(*results):
-        torch.testing.assert_close(fast, explicit, atol=2e-5, rtol=1e-4)
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
     judge = by_hand(q.detach(), k.detach(), v.detach(), query_modality, modality, kind)
     torch.testing.assert_close(results[0][0].double(), judge, atol=1e-5, rtol=1e-5)
 
@@ -87,34 +114,57 @@ def compare(modality, Tq, kind, H=4, K=2, d=8, seed=0):
 @pytest.mark.parametrize("text", ["TTTTTT", "IIITTT", "TTTIII", "TTIITTIIIT", "IIIIII", "TIIT  /TTTTTT/IITTIT/TTTI  ",
                                   "TTTI/TTTT", " TTI/TI T", "    TIT/TTTTIIT", "TTTTI /TTTTTT"])
 def test_attend_is_the_formula(kind, text):
+    """No picture, picture first, picture last, several, padding, grouped heads; queries that continue a cache (of one conversation)"""
     modality = sequence(text)
-    for Tq in {1, 2, modality.shape[1] // 2, modality.shape[1]}:
+    T = modality.shape[1]
+    for Tq in {1, 2, T // 2, T} if len(modality) == 1 else {T}:
         compare(modality, Tq, kind)
         compare(modality, Tq, kind, H=3, K=3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_attend_is_the_formula_for_random_patterns(kind):
+@pytest.mark.parametrize("continues", [False, True])
+def test_attend_is_the_formula_for_random_patterns(kind, continues):
     g = torch.Generator().manual_seed(1)
     for seed in range(25):
         B, T = torch.randint(1, 5, (), generator=g).item(), torch.randint(3, 40, (), generator=g).item()
-        compare(random_modality(g, B, T), torch.randint(1, T + 1, (), generator=g).item(), kind, H=4, K=[1, 2, 4][seed % 3], seed=seed)
+        Tq = torch.randint(1, T + 1, (), generator=g).item()
+        if continues:
+            modality = random_modality(g, 1, T)
+            compare(modality.masked_fill(modality == PAD, TEXT), Tq, kind, H=4, K=[1, 2, 4][seed % 3], seed=seed)
+        else:
+            compare(random_modality(g, B, T), T, kind, H=4, K=[1, 2, 4][seed % 3], seed=seed)
 
 
-def test_long_batch_joins_spans():
-    """Spans of rows that grow at different places are joined up to 32 queries and then carry a mask."""
-    g = torch.Generator().manual_seed(2)
-    modality = torch.stack([sequence(("T" * a + "I" * 20) * 3 + "T" * (90 - 3 * a))[0] for a in (7, 11, 30)])
-    spans = pattern(modality, modality).spans
-    assert len(spans) < 8 and any(mask is not None for *_, mask in spans)
-    q, k, v = (torch.randn(3, 2, modality.shape[1], 8, generator=g) for _ in range(3))
-    torch.testing.assert_close(attend(q, k, v, pattern(modality, modality)),
-                               attend_explicit(q, k, v, attention_matrix(modality, modality)), atol=2e-5, rtol=1e-4)
+def test_words_come_first_and_what_is_arranged_can_be_restored():
+    modality, x = sequence("TITTI /IIT TT/TTTTTT"), torch.arange(18).view(3, 6)
+    who = pattern(modality, modality)
+    assert who.n == 6 and who.positions[:2, :6].tolist() == [[0, 2, 3, 6, 6, 6], [2, 4, 5, 6, 6, 6]]
+    assert who.positions[:, 6:].tolist() == [[4, 1], [1, 0], [6, 6]], "the newest first; position 6 fills up"
+    assert who.arrange(x)[0].tolist() == [0, 2, 3, 5, 5, 5, 4, 1]
+    assert torch.equal(who.restore(who.arrange(x)), x.masked_fill(modality == PAD, 0))
+    causal = pattern(modality, modality, "causal")
+    assert causal.n == 6 and causal.positions.shape == (3, 6) and torch.equal(causal.arrange(x)[2], x[2])
 
 
-def test_one_row_needs_no_mask():
-    modality = sequence("TTTIIITTIIITTTTT")
-    assert [span[:3] + (span[3] is None,) for span in pattern(modality, modality).spans] == [(0, 3, 0, True), (3, 5, 3, True), (5, 10, 6, True)]
+def test_rows_that_fill_up_change_nothing():
+    """A GPU gets multiples of 8"""
+    modality = sequence("TIIITTTIIT/TTTTTTTIT /IT        ")
+    q, k, v = (torch.randn(3, 2, 10, 8) for _ in range(3))
+    assert [pattern(modality, modality, "mmca", fill).image_mask.shape[3] for fill in (1, 8)] == [5, 8]
+    torch.testing.assert_close(fast(q, k, v, modality, "mmca", 8), fast(q, k, v, modality, "mmca"))
+
+
+def test_softmax_gives_the_weights_of_the_second_term():
+    """For /look: rows sum to one over the image tokens before them, or to zero where there are none"""
+    g, modality = torch.Generator().manual_seed(4), sequence("TIITTIT")
+    q, k = torch.randn(1, 4, 7, 8, generator=g), torch.randn(1, 2, 7, 8, generator=g)
+    who = pattern(modality, modality)
+    q_words, images = by_position(who.arrange, who, q)[:, :, :who.n], by_position(who.arrange, who, k)[:, :, who.n:]
+    weights = softmax(q_words, images, who.image_mask)
+    expected = softmax(q, k, (attention_matrix(modality, modality) == 2)[:, None])
+    torch.testing.assert_close(weights.flip(3), expected[:, :, modality[0] == TEXT][..., modality[0] == IMAGE])
+    assert torch.allclose(weights.sum(3)[0, 0], torch.tensor([0.0, 1, 1, 1]))
 
 
 def test_m_of_figure_2():
@@ -128,19 +178,19 @@ def test_m_of_figure_2():
 def test_text_weights_sum_to_two_where_pictures_are_seen():
     modality = sequence("TIIT")
     q, k, v = torch.randn(1, 1, 4, 2), torch.randn(1, 1, 4, 2), torch.ones(1, 1, 4, 2)
-    assert torch.allclose(attend(q, k, v, pattern(modality, modality))[0, 0, :, 0], torch.tensor([1.0, 1.0, 1.0, 2.0]))
+    assert torch.allclose(fast(q, k, v, modality, "mmca")[0, 0, :, 0], torch.tensor([1.0, 1.0, 1.0, 2.0]))
 
 
 def test_strictly_causal_and_pictures_see_only_themselves():
     g = torch.Generator().manual_seed(3)
     modality = random_modality(g, 3, 24)
     q, k, v = (torch.randn(3, 2, 24, 4, generator=g) for _ in range(3))
-    before = attend(q, k, v, pattern(modality, modality))
+    before = fast(q, k, v, modality, "mmca")
     for j in range(24):
         changed = [x.clone() for x in (q, k, v)]
         for x in changed:
             x[:, :, j] += 1
-        moved = (attend(*changed, pattern(modality, modality)) - before).abs().amax((1, 3)) > 1e-5
+        moved = (fast(*changed, modality, "mmca") - before).abs().amax((1, 3)) > 1e-5
         moved &= modality != PAD
         assert not moved[:, :j].any(), "a token before j moved"
         assert not (moved & (modality == IMAGE))[:, j + 1:].any(), "an image row other than j moved"
@@ -151,17 +201,16 @@ def test_no_square_matrix_of_floats():
     modality = sequence("T" * 8 + "I" * 1500 + "T" * 40)
     T = modality.shape[1]
     q, k, v = (torch.randn(1, 1, T, 8, requires_grad=True) for _ in range(3))
-    sizes = []
+    sizes, who = [], pattern(modality, modality)
+    q, k, v = (by_position(who.arrange, who, x) for x in (q, k, v))
     with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-        attend(q, k, v, pattern(modality, modality)).sum().backward()
-    assert max(sizes) <= 8 * T * 2
+        attend(q[:, :, :who.n], k, v, who).sum().backward()
+    assert max(sizes) <= who.n * T
 
 
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="mmca, causal, cross; not 'mcma'"):
         pattern(sequence("TT"), sequence("TT"), "mcma")
-    with pytest.raises(ValueError, match="3 queries cannot be the last of 2"):
-        attention_matrix(sequence("TTT"), sequence("TT"))
 
 
 def test_command_draws_m_of_a_given_sequence():
