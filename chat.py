@@ -219,8 +219,8 @@ class Chat:
         last, total = self.rounds[-1], []
 
         def note(attention, inputs):
-            x, cos, sin, who, cache, _ = inputs
-            q = attention.query(x, cos, sin, who.n)                     # (1, H, n, d)
+            x, cos, sin, who, cache, _ = inputs  # words alone: what was kept of the pictures is in the cache
+            q = attention.query(x, cos, sin)                            # (1, H, n, d)
             k, _ = cache.all_images()                                   # (1, K, N P, d)
             total.append(softmax(q, k, who.image_mask).float().mean((0, 1, 2)).cpu())   # (N P), newest first
 

@@ -181,14 +181,15 @@ class LlamaAttention(nn.Module):
         """x (B, n, heads d) -> (B, heads, n, d)"""
         return x.unflatten(2, (-1, self.d)).transpose(1, 2)
 
-    def query(self, x, cos, sin, n):
-        """The queries of the first n rows of x (B, n + m, D), rotated -> (B, H, n, d)"""
-        q, = together(x[:, :n], self.q_proj)                                # (B, n, H d)
-        return rotate(self.heads(q), cos[:, :, :n], sin[:, :, :n])
+    def query(self, x, cos, sin):
+        """What words (B, n, D) ask, rotated -> (B, H, n, d)"""
+        q, = together(x, self.q_proj)                                       # (B, n, H d)
+        return rotate(self.heads(q), cos, sin)                              # (B, H, n, d)
 
     def forward(self, x, cos, sin, pattern, cache=None, rows=None):
         """x (B, n + m, D), words first, cos and sin (B, 1, n + m, d) -> (B, n + m, D), or only so many rows of it"""
-        q = self.query(x, cos, sin, pattern.n)                              # (B, H, n, d): an image token asks nothing
+        n = pattern.n
+        q = self.query(x[:, :n], cos[:, :, :n], sin[:, :, :n])              # (B, H, n, d): an image token asks nothing
         k, v = map(self.heads, together(x, self.k_proj, self.v_proj))       # (B, K, n + m, d), (B, K, n + m, d)
         out = attend(q, rotate(k, cos, sin), v, pattern, cache)             # (B, H, n + m, d)
         return together(out[:, :, :rows].transpose(1, 2).flatten(2), self.o_proj)[0]
@@ -278,12 +279,12 @@ class LlamaModel(nn.Module):
 
 
 def moved(thing, device):
-    """A tensor, or the tensors in a dataclass or a tuple or list, on device"""
+    """A tensor, or the tensors in a dataclass or a tuple, on device"""
     if isinstance(thing, torch.Tensor):
         return thing.to(device)
     if is_dataclass(thing):
         return replace(thing, **{name: moved(part, device) for name, part in vars(thing).items()})
-    return type(thing)(moved(part, device) for part in thing) if isinstance(thing, (tuple, list)) else thing
+    return tuple(moved(part, device) for part in thing) if isinstance(thing, tuple) else thing
 
 
 class LoRA(nn.Module):
@@ -341,6 +342,7 @@ class KVCache:
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for device in devices]   # L times (1, K, length, d)
         self.values = [torch.empty_like(keys) for keys in self.keys]                         # L times (1, K, length, d)
         self.modality = torch.zeros(1, length, dtype=torch.long, device=devices[0])          # (1, length)
+        self.size = length
         self.words = self.images = 0  # tokens held
 
     @property
@@ -356,20 +358,20 @@ class KVCache:
     def append(self, modality):
         """Note the modality (1, T) of T new tokens -> that of all (1, Tk). The layers bring their keys and values."""
         stop = self.length + modality.shape[1]
-        if stop > self.modality.shape[1]:
-            raise InputError(f"the conversation needs {stop} tokens, and there is room for {self.modality.shape[1]}")
+        if stop > self.size:
+            raise InputError(f"the conversation needs {stop} tokens, and there is room for {self.size}")
         self.modality[:, self.length:stop] = modality
         return self.modality[:, :stop]
 
     def place(self, picture, position):
         """Put the P tokens of a picture (`VisualChat.read_picture`) at a position: only now are its keys rotated."""
-        P, before = picture.images, int((self.modality[:, :position] == IMAGE).sum())
-        stop = self.modality.shape[1] - before
-        positions = torch.arange(position, position + P, device=self.modality.device).flip(0)    # (P), newest first
+        stop = self.size - int((self.modality[:, :position] == IMAGE).sum())
+        new = slice(stop - picture.images, stop)
+        positions = torch.arange(position, position + picture.images, device=self.modality.device).flip(0)   # (P)
         cos, sin = rotary(positions[None], self.config, self.keys[0].dtype)                  # (1, 1, P, d)
         for i, (keys, values) in enumerate(zip(picture.keys, picture.values)):
-            self.keys[i][:, :, stop - P:stop] = rotate(keys, cos.to(keys.device), sin.to(keys.device))
-            self.values[i][:, :, stop - P:stop] = values
+            self.keys[i][:, :, new] = rotate(keys, cos.to(keys.device), sin.to(keys.device))
+            self.values[i][:, :, new] = values
 
     def advance(self, pattern):
         """After the last layer: only now the new tokens count as held (under "causal" all of them as words)."""
@@ -383,7 +385,7 @@ class KVCache:
 
     def layer(self, i, pattern):
         """The part of layer i in the pass of a pattern, as `attend` and `CrossAttention` use it"""
-        return _CacheLayer(self.keys[i], self.values[i], self.words, pattern.image_mask.shape[3])
+        return _CacheLayer(self.keys[i], self.values[i], self.words, self.size - pattern.image_mask.shape[3])
 
 
 @dataclass
@@ -391,7 +393,7 @@ class _CacheLayer:
     keys: torch.Tensor    # (1, K, length, d)
     values: torch.Tensor  # (1, K, length, d)
     words: int            # held before this pass
-    images: int           # with those of this pass
+    images: int           # where image tokens begin, those of this pass too
 
     def add_words(self, k, v):
         """New words (1, K, n, d) go behind the old -> all of them, twice (1, K, words, d)"""
@@ -400,16 +402,15 @@ class _CacheLayer:
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
     def add_images(self, k, v):
-        """New image tokens (1, K, m, d), newest first, go before the old -> all of them, twice (1, K, images, d); m is 0
-        where `KVCache.place` has put them there"""
-        all_keys, all_values = self.all_images()
-        all_keys[:, :, :k.shape[2]], all_values[:, :, :k.shape[2]] = k, v
-        return all_keys, all_values
+        """New image tokens (1, K, m, d), newest first, go before the old, unless `KVCache.place` has put them there
+        (then m is 0) -> all of them"""
+        keys, values = self.all_images()
+        keys[:, :, :k.shape[2]], values[:, :, :k.shape[2]] = k, v
+        return keys, values
 
     def all_images(self):
-        """Keys and values of all image tokens, newest first (1, K, images, d)"""
-        start = self.keys.shape[2] - self.images
-        return self.keys[:, :, start:], self.values[:, :, start:]
+        """Keys and values of all image tokens, newest first, twice (1, K, images, d)"""
+        return self.keys[:, :, self.images:], self.values[:, :, self.images:]
 
 
 # ---- pictures among the words --------------------------------------------------------------------------------------
@@ -483,12 +484,13 @@ class VisualChat(nn.Module):
 
     def embed(self, input_ids, modality, features=None):
         """Words are looked up, features (N, P, D) written to the image positions in order -> (B, T, D)"""
-        embeds = self.language_model.model.embed_tokens(input_ids)                           # (B, T, D)
-        places, given = modality == IMAGE, 0 if features is None else features.shape[0] * features.shape[1]
-        if int(places.sum()) != given:
-            raise InputError(f"{int(places.sum())} image positions in the batch, but {given} image tokens "
-                             f"({0 if features is None else features.shape[0]} pictures) to put there")
-        return embeds.index_put((places,), features.flatten(0, 1)) if given else embeds      # (B, T, D)
+        embeds = self.language_model.model.embed_tokens(input_ids)          # (B, T, D)
+        places = modality == IMAGE                                          # (B, T)
+        rows = embeds[0, :0] if features is None else features.flatten(0, 1)    # (N P, D)
+        count = int(places.sum())
+        if count != len(rows):
+            raise InputError(f"{count} image positions in the batch, but {len(rows)} image tokens to put there")
+        return embeds.index_put((places,), rows)                            # (B, T, D)
 
     def forward(self, input_ids, modality, labels, pixels, image_index):
         """One batch of `data.collate` -> the loss of every trained token, and whether it was the first choice.
@@ -504,7 +506,7 @@ class VisualChat(nn.Module):
         following = F.pad(labels[:, 1:], (0, 1), value=-100)                # (B, T): what each token should say next
         targets = who.arrange(following)[:, :who.n]                         # (B, n)
         trained = targets != -100                                           # (B, n)
-        if int(trained.sum()) != int((following != -100).sum()):
+        if trained.sum() != (following != -100).sum():
             raise InputError("a label stands on an image token or behind one, where no word says it")
         logits = self.language_model.lm_head(x[trained]).float()            # (labels, V)
         targets = targets[trained]                                          # (labels)
@@ -544,8 +546,7 @@ class VisualChat(nn.Module):
         else:
             x = who.arrange(self.embed(input_ids, modality, torch.stack(pictures) if pictures else None))
         x = self.language_model.model(x, who, cache, self.cross_attention)  # (1, n, D)
-        head = self.language_model.lm_head
-        logits = together(x[0, -1].to(head.weight.device), head)[0].float()                  # (V)
+        logits = together(x[0, -1], self.language_model.lm_head)[0].float() # (V)
         cache.advance(who)  # last: until here an interrupt leaves the cache as it was
         return logits
 
