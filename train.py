@@ -346,10 +346,14 @@ def compile_layers(model, deepspeed):
     Under ZeRO-3 the hooks by which every Linear gathers its weights would cut it: a leaf gathers all of its own before
     its forward."""
     torch._dynamo.config.recompile_limit = 64  # train and evaluate, last layer, batches of one: a few graphs each
-    layers = [*model.language_model.model.layers, *model.vision_model.blocks, *(model.cross_attention or [])]
+    blocks = model.vision_model.blocks
+    layers = [*model.language_model.model.layers, *blocks, *(model.cross_attention or [])]
     deepspeed.utils.set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=True)  # lengths change from batch to batch
+    if any(p.requires_grad for p in blocks.parameters()):
+        # DeepSpeed takes a leaf's gradients when that of its input has come: LoRA's first block needs one there too
+        blocks[0].register_forward_pre_hook(lambda block, inputs: inputs[0].requires_grad_())
 
 
 def micro_batches(conversations, args, rank, world, done=0):

@@ -7,7 +7,9 @@
     python tests/bench.py qwen      Qwen-VL's 2B encoder from ten shards in bfloat16: time and memory; writes 4 GB to TMPDIR
     python tests/bench.py chat      time to the first token with and without what is kept; tokens per second against
                                     transformers (where it is installed) and against the memory's rate; memory
-    python tests/bench.py gpu       LLaMA-2-7B's sizes behind ViT-L/14 in 16 bit on one GPU: training steps, chat; writes 14 GB to TMPDIR
+    python tests/bench.py rows      what of the rows that a batch computes is no filler, as samples come and sorted inside a step
+    python tests/bench.py gpu       the same sizes as LLaMA-2-7B behind ViT-L/14 in bfloat16: training steps of MMCA and CA, layers as they are
+                                    and compiled, then under ZeRO-3; `gpu --device cpu` rehearses it with a tiny model
     python tests/bench.py mmca --device cuda --dtype bfloat16
     python tests/bench.py scale     a model of 1 GB over two processes with ZeRO-3: memory while it is loaded and saved
 """
@@ -40,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train  # noqa: E402
 from chat import Chat  # noqa: E402
-from data import Samples, Tokenizer, Turn, collate, read_datasets  # noqa: E402
+from data import Epoch, Samples, Tokenizer, Turn, collate, encode, read_datasets  # noqa: E402
 from mmca import IMAGE, PAD, TEXT, attend, attend_explicit, attention_matrix, pattern  # noqa: E402
 from model import LANGUAGE, VISION, KVCache, Llama, LlamaConfig, VisualChat, make_vit, plain_weights, save_weights, write_json  # noqa: E402
 from vision import CLIP_PREPROCESSING, ViT, ViTConfig  # noqa: E402
@@ -413,59 +415,91 @@ def bench_chat(args):
                    env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})  # what is freed goes back to the system
 
 
-def bench_gpu(args):
-    """Training steps as train.py takes them, then a conversation"""
-    torch.set_default_dtype(torch.bfloat16)
+def bench_rows(args):
+    """The demo's samples with 257 tokens a picture, two processes of micro-batches of 8"""
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        with torch.device(args.device):
-            language, tower = Llama(LANGUAGE["7b"]), ViT(VISION["clip-l"])
-        for part, module in (("language", language), ("vision", tower)):
-            (folder / part).mkdir()
-            write_json(folder / part / "config.json", asdict(module.config))
-            save_weights(plain_weights(module), folder / part / "model.safetensors")
-        shutil.copy(Path(__file__).parent / "fixtures/tokenizer.model", folder / "language")
-        pictures = [f"{n}.jpg" for n in range(128)]
-        for n, file in enumerate(pictures):
-            (folder / file).write_bytes(photograph(n))
-        talks = [[{"images": pictures[n:n + 2], "question": "What do you see?", "answer": "Two pictures of many colours. " * 12},
-                  {"question": "And what else?", "answer": "Nothing of which I would know the name. " * 6}] for n in range(0, 128, 2)]
-        write_json(folder / "talks.json", talks)
-        size = sum(p.numel() for p in [*language.parameters(), *tower.parameters()])
-        print(f"\nLLaMA-2-7B's sizes behind ViT-L/14, {size / 1e9:.2f}e9 parameters, random weights in bfloat16, MMCA")
-        flags = ["--language_model", folder / "language", "--vision_model", folder / "vision", "--datasets", folder / "talks.json", "--epochs", "6",
-                 "--eval_fraction", "0", "--batch_size", "32", "--micro_batch_size", "8", "--max_steps", "8", "--workers", "8", "--save_trained_only"]
-        for more in ([], ["--gradient_checkpointing"]):
-            out = folder / f"out{len(more)}"
-            subprocess.run([sys.executable, "train.py", *map(str, flags), *more, "--out", out], check=True, cwd=Path(__file__).parent.parent,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][3:]
-            rate = statistics.median(line["tokens_per_second"] for line in lines if "loss" in line)
-            print(f"  train.py, ZeRO-3, one process, batches of 32, {lines[0]['tokens'] / 32:.0f} tokens a sample: {rate:,.0f} tokens/s {' '.join(more)}")
-        model = VisualChat(tower, language).eval().to(args.device)
-        language.lm_head.weight.data[2] = 0  # never `</s>`
-        model.preprocessing = dict.fromkeys(("size", "crop_size"), tower.config.image_size) | CLIP_PREPROCESSING
-        talk = Chat(model, Tokenizer(folder / "language/tokenizer.model"))
+        subprocess.run([sys.executable, "demo/make.py", f"{folder}/demo"], check=True, cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
+        sys.argv = ["train.py", *train.DEMO.split(), "--data_path", f"{folder}/demo/train", "--out", folder, "--micro_batch_size", "8"]
+        flags = train.command_line()
+        sets = read_datasets(flags)
+        samples = Epoch(sets, [range(len(data.drafts)) for data in sets], 1234, 0)
+        tokenizer = Tokenizer(Path(__file__).parent.parent / "demo/language_model/tokenizer.model")
+        modality = [encode(turns, tokenizer, 257).modality for turns in samples]
+    print(f"\n{len(samples)} samples of the demo, 257 tokens a picture, micro-batches of 8: share of the computed rows that are tokens")
+    for step in (16, 128):
+        flags.batch_size = step
+        sorted_ = [part for rank in (0, 1) for part in train.micro_batches(samples, flags, rank, 2) if part]
+        assert sorted(n for part in sorted_ for n in part) == list(range(len(samples)))
+        for attention in ("mmca", "causal"):
+            shares = []
+            for parts in ([range(n, min(n + 8, len(samples))) for n in range(0, len(samples), 8)], sorted_):
+                padded = [torch.nn.utils.rnn.pad_sequence([modality[n] for n in part], batch_first=True, padding_value=PAD) for part in parts]
+                shares.append(sum(map(len, modality)) / sum(pattern(batch, batch, attention).positions.numel() for batch in padded))
+            print(f"  {attention:7} steps of {step:3}: as they come {shares[0]:.3f}, sorted inside a step {shares[1]:.3f}")
 
-        def ask(images):
-            began = time.perf_counter()
-            tokens = talk.ask("What do these have in common?", [folder / image for image in images], 65)
-            next(tokens)
-            first = time.perf_counter() - began
-            list(tokens)
-            return first, (time.perf_counter() - began - first) / 64
 
-        ask(pictures[:1]), talk.clear()
-        anew, token = ask(pictures[8:16])
-        talk.clear()
-        known, _ = ask(pictures[8:16])
-        follow, _ = ask([])
-        print(f"  chat: first token after {anew:.3f} s with 8 new pictures, {known:.3f} s with 8 known ones, {follow:.3f} s in the next round")
-        large, row = torch.randn(32768, 32768, device=args.device), torch.randn(32768, device=args.device)
-        rate = large.nbytes / medians([lambda: torch.mv(large, row)], args.rounds, partial(synchronize, args.device))[0]
-        read = 2 * sum(p.numel() for p in language.parameters()) - language.model.embed_tokens.weight.nbytes
-        print(f"  decoding: {1 / token:.1f} tokens/s; {read / 1e9:.1f} GB read for a token at {rate / 1e12:.2f} TB/s (torch.mv) would be "
-              f"{rate / read:.1f}, chat reaches {read / rate / token:.0%}")
+def bench_gpu(args):
+    """Recipe training: frozen layers, trained embedding and projection. Weights are made on the device"""
+    torch.set_default_dtype(torch.bfloat16)
+    deepspeed, device = train.start_distributed(torch.device(args.device))
+    tiny, wait = device.type == "cpu", partial(synchronize, device)
+    with torch.device(device):
+        language = Llama(LlamaConfig(64, 128, 2, 4, 2, 16, 500) if tiny else LANGUAGE["7b"])
+        tower = ViT(ViTConfig(64, 128, 2, 4, 28, 14) if tiny else VISION["clip-l"])
+    model = VisualChat(tower, language).to(device)
+    model.set_trained()
+    side, P = 1024 if tiny else 8192, tower.config.image_tokens
+    large = torch.randn(side, side, device=device)
+    rate = 2 * side ** 3 / medians([lambda: large @ large], args.rounds, wait)[0]
+    decoder = sum(p.numel() for p in language.parameters()) - language.model.embed_tokens.weight.numel()
+    print(f"\n{decoder / 1e9:.2f}e9 parameters of a decoder behind a vision tower of {P} tokens a picture, random weights, frozen; embedding and projection trained")
+    print(f"a product of two matrices of {side} x {side}: {rate / 1e12:.1f} TFLOPS; share: 4 x parameters x tokens / seconds, of that\n")
+    batches = {"8 x (2 pictures + 396 words)": [conversation(2, 396, P)] * 8, "2 x (8 pictures + 400 words)": [conversation(8, 400, P)] * 2}
+
+    def batch(rows):
+        modality = torch.tensor(rows, device=device)
+        ids = torch.randint(3, language.config.vocab_size, modality.shape, device=device) * (modality == TEXT)
+        behind_a_word = F.pad(modality, (1, 0))[:, :-1] == TEXT
+        odd = torch.arange(modality.shape[1], device=device) % 2 == 1  # half of the words are trained
+        labels = torch.where((modality == TEXT) & behind_a_word & odd, ids, -100)
+        pictures = int((modality == IMAGE).sum()) // P
+        pixels = torch.randn(pictures, 3, tower.config.image_size, tower.config.image_size, device=device)
+        return [ids, modality, labels, pixels, torch.arange(pictures, device=device)]
+
+    def report(label, name, step):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        step(), wait()
+        first = time.perf_counter() - began
+        seconds = medians([step], args.rounds, wait)[0]
+        tokens = sum(map(len, batches[name]))
+        memory = f", {torch.cuda.max_memory_allocated() / 1e9:.0f} GB at most" if device.type == "cuda" else ""
+        print(f"  {label:34} {name:28} {tokens / seconds:10,.0f} tokens/s, share {4 * decoder * tokens / seconds / rate:.2f}{memory}; first step {first:.1f} s", flush=True)
+
+    data = {name: batch(rows) for name, rows in batches.items()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def step(name):
+        model(*data[name])[0].mean().backward()
+        model.zero_grad(set_to_none=True)
+
+    for label in ("layers as they are", "compiled"):
+        if label == "compiled":
+            train.compile_layers(model, deepspeed)
+        for model.attention in ("causal", "mmca"):
+            for name in batches:
+                report(f"{model.attention}, {label}", name, partial(step, name))
+    flags = argparse.Namespace(batch_size=8, micro_batch_size=8, zero_stage=3, learning_rate=1e-5, deepspeed_config=None)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=train.engine_settings(flags, torch.bfloat16, 1))
+
+    def engine_step(name):
+        engine.backward(engine(*data[name])[0].mean())
+        engine.step()
+
+    for model.attention in ("causal", "mmca"):
+        name = next(iter(batches))
+        report(f"{model.attention}, compiled, ZeRO-3", name, partial(engine_step, name))
 
 
 def chat_memory(args):
@@ -495,7 +529,7 @@ def chat_memory(args):
 def main():
     """The command line"""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["mmca", "data", "vision", "qwen", "scale", "scale_process", "chat", "chat_memory", "gpu"])
+    parser.add_argument("what", choices=["mmca", "data", "vision", "qwen", "scale", "scale_process", "chat", "chat_memory", "rows", "gpu"])
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=9, help="medians of so many")
@@ -510,7 +544,7 @@ def main():
         return chat_memory(args)
     name = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else f"{platform.machine()}, {args.threads} threads"
     print(f"{name}, torch {torch.__version__}, {'bfloat16' if args.what == 'gpu' else args.dtype}")
-    {"mmca": bench_mmca, "data": bench_data, "vision": bench_vision, "qwen": bench_qwen, "scale": bench_scale, "chat": bench_chat, "gpu": bench_gpu}[args.what](args)
+    {"mmca": bench_mmca, "data": bench_data, "vision": bench_vision, "qwen": bench_qwen, "scale": bench_scale, "chat": bench_chat, "rows": bench_rows, "gpu": bench_gpu}[args.what](args)
 
 
 if __name__ == "__main__":

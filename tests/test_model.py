@@ -10,7 +10,7 @@ from conftest import FIXTURES, all_logits, sequence, tiny_model
 from safetensors.torch import load_file, save_file
 
 from mmca import IMAGE, TEXT, pattern
-from model import (KVCache, Llama, LlamaConfig, VisualChat, activations, choose_device, describe, lay_out, load_llama, load_vit, make_vit,
+from model import (KVCache, Llama, LlamaConfig, VisualChat, activations, add_lora, choose_device, describe, lay_out, load_llama, load_vit, make_vit,
                    plain_weights, save_weights)
 from vision import InputError, ViTConfig, read_preprocessing
 
@@ -232,6 +232,50 @@ def test_loss_of_each_trained_token():
     labels[0, place] = ids[0, place]
     with pytest.raises(InputError, match="a label stands on an image token or behind one"):
         model(ids, modality, labels, pixels, index)
+
+
+@pytest.mark.parametrize("kind, rows", [("mmca", (8, 42, 42, 8)), ("causal", (42, 42, 42, 42)), ("cross", (8, 8, 8, 8))])
+def test_an_image_token_costs_only_what_is_asked_of_it(kind, rows):
+    """It asks nothing, so it needs no query, and behind the last keys and values nobody needs it"""
+    model, (ids, modality) = tiny_model(kind), sequence("TTITTTITTT")
+    seen, layers = [], model.language_model.model.layers
+    for module in (layers[0].self_attn.q_proj, layers[0].mlp.up_proj, layers[-1].self_attn.k_proj, layers[-1].mlp.up_proj):
+        module.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[1]))
+    all_logits(model, ids, modality, torch.randn(2, 17, 64))
+    assert tuple(seen) == rows
+
+
+@pytest.mark.parametrize("kind, rank", [("mmca", 2), ("causal", 0), ("cross", 0)])
+def test_a_layer_is_one_graph_whatever_the_size_of_the_batch(kind, rank, monkeypatch):
+    """torch.compile takes every layer whole; twelve batches of twelve shapes take two graphs of each kind of layer, since the last decoder
+    layer leaves image tokens out. A third would raise. Losses and gradients are those of the layers as they are"""
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+    torch._dynamo.reset()
+    model = tiny_model(kind)
+    layers = [*model.language_model.model.layers, *model.vision_model.blocks, *(model.cross_attention or [])]
+    if rank:
+        add_lora(model.language_model.model.layers, rank)
+    model.set_trained()
+
+    def step(n):
+        torch.manual_seed(n)
+        rows = ["T" * (3 + n) + "I" + "T" * (9 + 2 * n), ("IT" + "T" * (n % 4)) * (1 + n % 3) + "T" * 9, "TIT"][:2 + n % 2]
+        modality = torch.nn.utils.rnn.pad_sequence([sequence(row)[1][0] for row in rows], batch_first=True)
+        ids = torch.randint(3, 512, modality.shape) * (modality == TEXT)
+        labels = ids.masked_fill((modality != TEXT) | (modality.roll(1, 1) != TEXT), -100)
+        pictures = "".join(rows).count("I")
+        losses, _ = model(ids, modality, labels, torch.randn(pictures, 3, 56, 56), torch.arange(pictures))
+        losses.sum().backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        model.zero_grad()
+        return losses.detach(), gradients
+
+    expected = [step(n) for n in range(12)]
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for n in range(12):
+            torch.testing.assert_close(step(n), expected[n], atol=1e-4, rtol=1e-4)
 
 
 def test_gradients_reach_embedding_and_projection_through_frozen_weights():

@@ -17,9 +17,9 @@ import torch
 from conftest import FIXTURES, ROOT, tiny_model
 from safetensors.torch import load_file
 
-from data import DATASETS, Epoch, Samples, Tokenizer, collate, encode, read_datasets
+from data import DATASETS, Epoch, Samples, Tokenizer, Turn, collate, encode, read_datasets
 from model import InputError, Llama, LlamaConfig, VisualChat, load_vit, plain_weights, save_weights
-from train import check_state
+from train import check_state, finish_batch, micro_batches
 from vision import fixed_positions
 
 LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29517"]
@@ -76,6 +76,7 @@ def test_processes_accumulation_and_zero_make_no_difference(folder):
     assert one[1].keys() == {"step", "epoch", "loss", "learning_rate", "tokens", "trained_tokens", "real_rows",
                              "tokens_per_second", "seconds"}
     assert losses(one)[-1] < 0.9 * losses(one)[0], "it learns"
+    assert all(0.3 < line["real_rows"] <= 1 for line in one if "loss" in line)
     evaluations = [line for line in one if "eval_loss" in line]
     assert len(evaluations) == 2 and all(0 <= line["eval_exact"] <= 1 for line in evaluations)
     for two, flags in ((False, ["--micro_batch_size", "1", "--zero_stage", "0"]), (True, ["--micro_batch_size", "4"]),
@@ -248,6 +249,36 @@ def test_all_data_sets_on_two_processes_with_two_workers(folder):
     assert [(line["tokens"], line["trained_tokens"]) for line in log if "loss" in line] == steps and len(set(steps)) == len(steps)
 
 
+def test_micro_batches_of_a_step_hold_samples_of_like_size():
+    """Each sample once, in its step; the largest first, so that all processes work on like sizes; after `done` steps as if from the start"""
+    generator = random.Random(0)
+    talks = [[Turn("q" * generator.randint(1, 50), "a", ["p.jpg"] * generator.randint(0, 2)) for _ in range(generator.randint(1, 3))] for _ in range(43)]
+    sizes = [(sum(len(t.images) for t in turns), sum(len(t.question + t.answer) for t in turns)) for turns in talks]
+    for world, size in ((1, 16), (2, 2), (4, 4)):
+        args = argparse.Namespace(batch_size=16, micro_batch_size=size)
+        parts = [list(micro_batches(talks, args, rank, world)) for rank in range(world)]
+        rounds = 16 // (world * size)
+        assert {len(part) for part in parts} == {3 * rounds}
+        for step in range(3):
+            runs = [[n for part in parts for n in part[step * rounds + i]] for i in range(rounds)]
+            assert sorted(n for run in runs for n in run) == list(range(16 * step, min(16 * step + 16, 43)))
+            for run, following in zip(runs, runs[1:]):
+                assert not following or min(sizes[n] for n in run) >= max(sizes[n] for n in following)
+        assert list(micro_batches(talks, args, 0, world, done=2)) == parts[0][2 * rounds:]
+
+
+def test_real_rows_are_counted_against_what_is_filled_up():
+    """Words and image tokens are filled up apart, under causal attention the whole sample"""
+    tokenizer = Tokenizer(FIXTURES / "tokenizer.model")
+    short, long = (encode([Turn(question, "yes", images)], tokenizer, 17) for question, images in (("a", ["p.jpg"]), ("a cat? " * 5, [])))
+    short.pixels = [torch.zeros(3, 56, 56)]
+    words = [len(example.input_ids) - 17 * len(example.images) for example in (short, long)]
+    assert words[1] > words[0]
+    for attention, rows in (("mmca", 2 * (words[1] + 17)), ("cross", 2 * (words[1] + 17)), ("causal", 2 * max(words[0] + 17, words[1]))):
+        _, counts, _ = finish_batch([(short, 0, None), (long, 1, None)], None, attention)
+        assert (counts["rows"], counts["tokens"], counts["rounds_left_out"]) == (rows, sum(words) + 17, 1)
+
+
 LORA = ["--datasets", "llava_dial", "--concatenate", "1", "--batch_size", "4", "--epochs", "2", "--eval_fraction", "0.2",
         "--lora_rank", "2", "--vision_lora_rank", "2", "--overwrite"]
 
@@ -269,6 +300,28 @@ def test_lora_checkpointing_and_both_forms_of_a_checkpoint(folder):
         torch.testing.assert_close(value, merged[name], atol=1e-4, rtol=1e-4)
     again = run(folder, *LORA, "--language_model", folder / "out/best/language_model", "--out", folder / "again", "--max_steps", "1")
     assert losses(again) or (folder / "again/best").exists(), "what was trained alone is a starting point"
+
+
+def test_compiled_layers_take_the_same_steps(folder):
+    """Two ZeRO-3 processes, whose layers gather their parameters as leaves, with LoRA in both towers and layers computed again, against
+    one without; by the compiler's first half, which needs no C++"""
+    script = folder / "traced.py"
+    script.write_text("import sys, functools, torch\nsys.path.insert(0, '.')\n"
+                      "torch.compile = functools.partial(torch.compile, backend='aot_eager', fullgraph=True)\nimport train\ntrain.main()\n")
+    flags = [*LORA, "--eval_fraction", "0", "--max_steps", "3"]
+    one = run(folder, *flags, "--micro_batch_size", "4", "--zero_stage", "0")
+    two = run(folder, *flags, "--micro_batch_size", "1", "--gradient_checkpointing", "--compile", two=True, script=script, TORCHDYNAMO_DISABLE="0")
+    torch.testing.assert_close(torch.tensor(losses(one)), torch.tensor(losses(two)), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="a CPU compiles with a C++ compiler")
+def test_layers_compiled_for_this_machine_take_the_same_steps(folder):
+    flags = ["--datasets", "llava_dial", "--samples", "12", "--concatenate", "1", "--batch_size", "4", "--micro_batch_size", "4", "--epochs", "2",
+             "--max_steps", "5", "--eval_fraction", "0", "--overwrite"]
+    plain = run(folder, *flags)
+    compiled = run(folder, *flags, "--compile", TORCHDYNAMO_DISABLE="0")
+    assert len(losses(plain)) == 5
+    torch.testing.assert_close(torch.tensor(losses(compiled)), torch.tensor(losses(plain)), atol=1e-5, rtol=0)
 
 
 def test_an_interrupted_run_takes_the_same_steps(folder):
