@@ -102,13 +102,16 @@ class Pattern:
 
 
 def pattern(query_modality, key_modality, kind="mmca", fill=1):
-    """query_modality (B, Tq), the last Tq of key_modality (B, Tk) -> Pattern, whose m is a multiple of fill.
+    """query_modality (B, Tq), the last Tq of key_modality (B, Tk) -> Pattern, whose m is a multiple of fill. ValueError
+    if kind is not known or there are more queries than keys.
 
     A rule of your own about what words see of the pictures is an edit of the comparison that makes image_mask."""
     _check(kind)
     if kind == "causal":
         key_modality = key_modality.clamp(max=TEXT)
     Tq, Tk = query_modality.shape[1], key_modality.shape[1]
+    if Tq > Tk:
+        raise ValueError(f"{Tq} queries cannot be the last of {Tk} positions")
     position = torch.arange(Tk, device=key_modality.device)             # (Tk)
 
     def positions(modality, start=0, fill=1):
@@ -123,7 +126,8 @@ def pattern(query_modality, key_modality, kind="mmca", fill=1):
     text_mask = None
     if Tq < Tk:  # is_causal is aligned to the top left: right only where the keys are the queries
         text_mask = positions(TEXT)[:, None, None] <= query             # (B, 1, n, all words)
-    image_mask = positions(IMAGE, 0, fill).flip(1)[:, None, None] < query   # (B, 1, n, all image tokens)
+    key = positions(IMAGE, 0, fill).flip(1)[:, None, None]              # (B, 1, 1, all image tokens)
+    image_mask = key < query                                            # (B, 1, n, all image tokens)
     return Pattern(kind, torch.cat([words, images], 1), text_mask, image_mask, range(Tk - Tq, Tk))
 
 
@@ -134,7 +138,7 @@ def attend(q, k, v, pattern, cache=None):
     and v (B, K, n + m, d), words first -> (B, H, n + m, d). kind "cross": the M1 term alone, since the M2 term is the
     added layers'. With a `cache` (`KVCache.layer`) k and v are those of the new rows; the earlier come from it."""
     n = q.shape[2]
-    # whole tensors, since torch.compile takes the strides of a slice for constants: the third shape would fail
+    # copies: torch.compile (2.13, seen on a CPU) takes strides of slices for constants, and the next shape fails
     words = k[:, :, :n].contiguous(), v[:, :, :n].contiguous()          # (B, K, n, d), twice
     images = k[:, :, n:].contiguous(), v[:, :, n:].contiguous()         # (B, K, m, d), twice
     own = images[1].repeat_interleave(q.shape[1] // v.shape[1], 1)      # (B, H, m, d)

@@ -50,7 +50,7 @@ def choose_device(device=None, dtype=None):
     elif dtype is None:
         has = "cuda" not in kinds or torch.cuda.is_bf16_supported(including_emulation=False)
         dtype, reason = ("bfloat16", "this device has it") if has else ("float16", "this GPU has no bfloat16")
-    if int(os.environ.get("RANK", 0)) == 0:
+    if not int(os.environ.get("RANK", 0)):
         print(f"device {', '.join(map(str, devices))}, number format {dtype} ({reason})")
     return devices, getattr(torch, dtype)
 
@@ -139,7 +139,7 @@ def lay_out(llama):
     """Lay weights in float32 on a CPU out for the decoding of one row; names and values stay, no memory is added.
 
     A token takes as long as it takes to read all weights, and torch multiplies one row with one core, in short runs
-    through memory. Here the matrices that multiply the same row lie side by side, their longer side contiguous, in one
+    through memory. Here the matrices that multiply the same rows lie side by side, their longer side contiguous, in one
     part for each core (`together`), on large pages of memory where the system has them."""
     groups, parts = [[llama.lm_head]], torch.get_num_threads()
     for layer in llama.model.layers:
@@ -458,7 +458,7 @@ class VisualChat(nn.Module):
         self.projection = make_projection(projection, vision_model.config, language_model.config)
         self.cross_attention = None
         if attention == "cross":
-            layers = range(language_model.config.num_hidden_layers)
+            layers = language_model.model.layers
             self.cross_attention = nn.ModuleList(CrossAttention(language_model.config) for _ in layers)
         self.image_tokens = image_tokens(projection, vision_model.config)
         self.preprocessing = None  # the content of preprocessor_config.json
@@ -499,8 +499,8 @@ class VisualChat(nn.Module):
         (U, 3, S, S) are the distinct pictures, image_index (N) says which of them stands at each place. Returns losses
         (n) float32 and hits (n) bool, one for each label but -100, row by row; logits are computed there only."""
         features = self.encode_images(pixels)[image_index] if len(image_index) else None     # (N, P, D)
-        fill = 1 if modality.is_cpu else 8  # GPU kernels read a mask by eights, and torch.compile cannot fill it up
-        who = pattern(modality, modality, self.attention, fill)
+        # a GPU's kernels want rows of a mask that are multiples of 8; else torch would fill them up, in each layer
+        who = pattern(modality, modality, self.attention, 1 if modality.is_cpu else 8)
         x = who.arrange(self.embed(input_ids, modality, features))          # (B, n + m, D), words first
         x = self.language_model.model(x, who, None, self.cross_attention)   # (B, n, D)
         following = F.pad(labels[:, 1:], (0, 1), value=-100)                # (B, T): what each token should say next
@@ -546,7 +546,8 @@ class VisualChat(nn.Module):
         else:
             x = who.arrange(self.embed(input_ids, modality, torch.stack(pictures) if pictures else None))
         x = self.language_model.model(x, who, cache, self.cross_attention)  # (1, n, D)
-        logits = together(x[0, -1], self.language_model.lm_head)[0].float() # (V)
+        head = self.language_model.lm_head  # where it shares its weight with the embedding, on the first device
+        logits = together(x[0, -1].to(head.weight.device), head)[0].float()                  # (V)
         cache.advance(who)  # last: until here an interrupt leaves the cache as it was
         return logits
 
@@ -644,7 +645,8 @@ def load_llama(folder, dtype=torch.float32, device="cpu", empty=partial(torch.de
     with empty():
         model = Llama(LlamaConfig.read(folder))
     tied, devices = model.config.tie_word_embeddings, device if isinstance(device, list) else [device]
-    layers = [devices[i * len(devices) // len(model.model.layers)] for i in range(len(model.model.layers))]
+    L = len(model.model.layers)
+    layers = [devices[i * len(devices) // L] for i in range(L)]
     model.model.devices = layers if len(devices) > 1 else ()
 
     def rename(name):
@@ -922,7 +924,8 @@ def states(weights, trained, gpus, stage):
 def activations(config, tokens, checkpointing=False):
     """Bytes that the backward pass of the recipe (frozen layers) needs from a forward pass of so many tokens, 16 bit.
 
-    Counted as arXiv:2205.05198, section 4.1, counts GPT's; attention's matrix is never kept. Of each layer: two norms
+    Counted as arXiv:2205.05198, section 4.1, counts GPT's; attention's matrix is never kept (MMCA's mask is, 2 bytes for
+    each word and image token of a sample, which is not counted: little beside the rest). Of each layer: two norms
     keep their input in float32 (8 D), attention q, k, v, its result and, for each head, the sum of its softmax
     (4 H d + 4 K d + 4 H), SwiGLU two halves and their product's factor (6 F). After them the last norm (4 D) and the
     logarithms of the head's softmax (4 V). With checkpointing each layer keeps its input (2 D), one of them all. Every

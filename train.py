@@ -348,8 +348,8 @@ def compile_layers(model, deepspeed):
     torch._dynamo.config.recompile_limit = 64  # train and evaluate, last layer, batches of one: a few graphs each
     blocks = model.vision_model.blocks
     layers = [*model.language_model.model.layers, *blocks, *(model.cross_attention or [])]
-    deepspeed.utils.set_z3_leaf_modules(model, list({type(layer) for layer in layers}))
     for layer in layers:
+        deepspeed.utils.set_z3_leaf_module(layer, True)
         layer.forward = torch.compile(layer.forward, dynamic=True)  # lengths change from batch to batch
     if any(p.requires_grad for p in blocks.parameters()):
         # DeepSpeed takes a leaf's gradients when that of its input has come: LoRA's first block needs one there too
@@ -455,6 +455,8 @@ def train(args):
     (device,), dtype = choose_device(None, args.dtype)
     if device.type == "cpu" and dtype == torch.float16:
         raise InputError("--dtype float16: DeepSpeed has none on a CPU; take bfloat16 or float32")
+    if args.compile is None:
+        args.compile = device.type != "cpu"
     # processes
     deepspeed, device = start_distributed(device)
     world = dist.get_world_size()
@@ -509,7 +511,7 @@ def train(args):
         rise = max(1, round(args.warmup * total))
         return (step + 1) / rise if step < rise else (1 + math.cos(math.pi * (step - rise) / max(1, total - rise))) / 2
 
-    if args.compile or args.compile is None and device.type != "cpu":
+    if args.compile:
         compile_layers(model, deepspeed)
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=groups, config=settings,
@@ -599,7 +601,7 @@ def main():
     args = command_line()
     try:
         train(args)
-    except (InputError, OSError, RuntimeError) as error:
+    except (InputError, OSError, RuntimeError, AssertionError) as error:
         if int(os.environ.get("RANK", 0)):
             time.sleep(5)  # what happens to all says process 0, and the launcher stops the others
         reason = str(error)
@@ -609,8 +611,10 @@ def main():
                       f"--gradient_checkpointing (now {'on' if args.gradient_checkpointing else 'off'})")
         elif isinstance(error, OSError):  # a full disk
             reason = f"{error.filename or args.out}: {error.strerror or error}"
-        elif isinstance(error, RuntimeError):
+        elif not isinstance(error, InputError):
             if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                if args.compile:
+                    error.add_note("train.py: should this come from a compiled layer, --no_compile does without")
                 raise
             reason = f"a layer cannot be compiled: {reason.splitlines()[0]}; --no_compile computes it as it is written"
         tqdm.write(printable(f"train.py: {reason}"), file=sys.stderr)  # on its own line, whatever the bar does

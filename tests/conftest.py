@@ -9,7 +9,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
 sys.path.insert(0, str(ROOT))
-os.environ["TORCHDYNAMO_DISABLE"] = "1"  # nothing here is compiled; DeepSpeed would import the compiler all the same
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # only what asks for it is compiled (it takes this away again); DeepSpeed would import the compiler for all
 
 from mmca import IMAGE, TEXT, pattern  # noqa: E402
 from model import VisualChat, load_llama, load_vit  # noqa: E402

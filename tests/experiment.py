@@ -72,7 +72,7 @@ VARIANTS = MECHANISMS | ABLATIONS  # name: attention, rule, rank of LoRA
 
 def use_rule(rule):
     """Let VisualChat attend by `attend_explicit` and a rule's M: every token asks, as a word does under "causal", in reading order"""
-    def order(modality, _, kind):
+    def order(modality, *_):
         who = pattern(modality, modality, "causal")
         who.rule = rule(modality)
         return who

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, sequence, tiny_model
 
 import experiment
 import train
 from data import Turn
-from mmca import IMAGE, TEXT
+from mmca import IMAGE, TEXT, attention_matrix
 
 T, I = TEXT, IMAGE  # noqa: E741
 
@@ -22,6 +22,20 @@ T, I = TEXT, IMAGE  # noqa: E741
 def test_the_other_rules(rule, rows):
     M, _ = rule(torch.tensor([[T, T, I, T]]))
     assert " ".join("".join(map(str, row)).replace("0", ".") for row in M[0].tolist()) == rows
+
+
+def test_a_rule_goes_through_the_whole_model(monkeypatch):
+    """M as it is, by the formula and in reading order, gives the losses of MMCA in its own order"""
+    model, (ids, modality) = tiny_model(), sequence("TTITTTITTT")
+    labels = ids.masked_fill((modality == IMAGE) | (modality.roll(1) == IMAGE), -100)
+    batch = ids, modality, labels, torch.randn(2, 3, 56, 56), torch.arange(2)
+    expected, _ = model(*batch)
+    for name in ("pattern", "attend"):
+        monkeypatch.setattr(experiment.visualchat, name, getattr(experiment.visualchat, name))  # put back afterwards
+    experiment.use_rule(lambda modality: (attention_matrix(modality, modality), False))
+    torch.testing.assert_close(model(*batch)[0], expected, atol=1e-5, rtol=1e-5)
+    experiment.use_rule(experiment.earlier_text)
+    assert (model(*batch)[0] - expected).abs().max() > 1e-3
 
 
 def test_the_average_is_half_the_sum_where_there_are_two(monkeypatch):

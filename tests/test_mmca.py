@@ -2,6 +2,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,18 @@ def test_words_come_first_and_what_is_arranged_can_be_restored():
     assert causal.n == 6 and causal.positions.shape == (3, 6) and torch.equal(causal.arrange(x)[2], x[2])
 
 
+def test_a_rule_of_your_own_is_an_edit_of_the_mask():
+    """Here: a word sees the image tokens of the last four positions alone"""
+    modality = sequence("TIITTIT/ITTITTT")
+    q, k, v = (torch.randn(2, 2, 7, 8) for _ in range(3))
+    who, M, position = pattern(modality, modality), attention_matrix(modality, modality), torch.arange(7)
+    query, key = who.positions[:, None, :who.n, None], who.positions[:, None, None, who.n:]
+    edited = replace(who, image_mask=(key < query) & (query - key <= 4))
+    ours = edited.restore(attend(*(by_position(who.arrange, who, x)[:, :, :rows] for x, rows in ((q, who.n), (k, None), (v, None))), edited).transpose(1, 2))
+    theirs = attend_explicit(q, k, v, M.masked_fill((M == 2) & (position[:, None] - position > 4), 0))
+    torch.testing.assert_close(ours.transpose(1, 2), theirs)
+
+
 def test_rows_that_fill_up_change_nothing():
     """A GPU gets multiples of 8"""
     modality = sequence("TIIITTTIIT/TTTTTTTIT /IT        ")
@@ -211,6 +224,8 @@ def test_no_square_matrix_of_floats():
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="mmca, causal, cross; not 'mcma'"):
         pattern(sequence("TT"), sequence("TT"), "mcma")
+    with pytest.raises(ValueError, match="3 queries cannot be the last of 2"):
+        pattern(sequence("TTT"), sequence("TT"))
 
 
 def test_command_draws_m_of_a_given_sequence():

@@ -416,6 +416,24 @@ def test_layers_on_several_devices(tmp_path):
         assert layers.embed_tokens.weight.is_cpu and layers.norm.weight.is_meta and model.language_model.lm_head.weight.is_meta
 
 
+def test_a_tied_head_is_asked_on_its_own_device(tmp_path):
+    """It is the word embedding's weight, on the first device, while the last layer's result is on the last"""
+    model = tiny_model()
+    model.language_model.config.tie_word_embeddings = True
+    model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path / "it")
+    devices, dtype = choose_device("cpu,meta")
+    model = VisualChat.from_pretrained(tmp_path / "it", dtype, devices)
+    layers, where = model.language_model.model, []
+    model.language_model.lm_head.register_forward_pre_hook(lambda head, inputs: where.append((inputs[0].device.type, head.weight.device.type)))
+    ids, modality = sequence("TTT")
+    try:
+        model.read(ids, modality, KVCache(layers.config, 8, layers.devices, dtype))
+    except NotImplementedError:  # numbers that are not there cannot be copied: this is where it was asked for
+        where.append(("cpu", "cpu"))
+    assert where == [("cpu", "cpu")]
+
+
 def test_large_models_are_saved_in_shards(tmp_path):
     model = load_llama(FIXTURES / "tiny-llama")
     shutil.copy(FIXTURES / "tiny-llama/config.json", tmp_path)

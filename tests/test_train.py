@@ -302,24 +302,36 @@ def test_lora_checkpointing_and_both_forms_of_a_checkpoint(folder):
     assert losses(again) or (folder / "again/best").exists(), "what was trained alone is a starting point"
 
 
-def test_compiled_layers_take_the_same_steps(folder):
-    """Two ZeRO-3 processes, whose layers gather their parameters as leaves, with LoRA in both towers and layers computed again, against
-    one without; by the compiler's first half, which needs no C++"""
-    script = folder / "traced.py"
-    script.write_text("import sys, functools, torch\nsys.path.insert(0, '.')\n"
-                      "torch.compile = functools.partial(torch.compile, backend='aot_eager', fullgraph=True)\nimport train\ntrain.main()\n")
-    flags = [*LORA, "--eval_fraction", "0", "--max_steps", "3"]
+TRACED = """
+import sys, functools, torch
+sys.path.insert(0, ".")
+torch.compile = functools.partial(torch.compile, fullgraph=True{})
+import train
+train.main()
+assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3, "nothing was compiled"
+"""
+
+
+@pytest.mark.parametrize("kind, more", [("mmca", ["--gradient_checkpointing", "--eval_fraction", "0"]), ("cross", ["--projection", "vit", "--vision_lora_rank", "0"])])
+def test_compiled_layers_take_the_same_steps(folder, kind, more):
+    """Two ZeRO-3 processes, whose layers gather their parameters as leaves, against one without: LoRA in both towers and layers computed
+    again; CrA, and a ViT layer in the projection behind a frozen tower. By the compiler's first half, which needs no C++"""
+    (folder / "traced.py").write_text(TRACED.format(", backend='aot_eager'"))
+    flags = [*LORA, "--attention", kind, *more, "--max_steps", "3"]
     one = run(folder, *flags, "--micro_batch_size", "4", "--zero_stage", "0")
-    two = run(folder, *flags, "--micro_batch_size", "1", "--gradient_checkpointing", "--compile", two=True, script=script, TORCHDYNAMO_DISABLE="0")
+    two = run(folder, *flags, "--micro_batch_size", "1", "--compile", two=True, script=folder / "traced.py", TORCHDYNAMO_DISABLE="0")
     torch.testing.assert_close(torch.tensor(losses(one)), torch.tensor(losses(two)), atol=2e-5, rtol=2e-5)
+    held = [[line["eval_loss"] for line in log if "eval_loss" in line] for log in (one, two)]
+    torch.testing.assert_close(*map(torch.tensor, held), atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="a CPU compiles with a C++ compiler")
 def test_layers_compiled_for_this_machine_take_the_same_steps(folder):
+    (folder / "traced.py").write_text(TRACED.format(""))
     flags = ["--datasets", "llava_dial", "--samples", "12", "--concatenate", "1", "--batch_size", "4", "--micro_batch_size", "4", "--epochs", "2",
              "--max_steps", "5", "--eval_fraction", "0", "--overwrite"]
     plain = run(folder, *flags)
-    compiled = run(folder, *flags, "--compile", TORCHDYNAMO_DISABLE="0")
+    compiled = run(folder, *flags, "--compile", script=folder / "traced.py", TORCHDYNAMO_DISABLE="0")
     assert len(losses(plain)) == 5
     torch.testing.assert_close(torch.tensor(losses(compiled)), torch.tensor(losses(plain)), atol=1e-5, rtol=0)
 
