@@ -74,8 +74,9 @@ class Pattern:
 
     Where a row lies in memory means nothing to a transformer: its position comes from the rotation, and what it sees
     from M. So the rows are sorted once: all words in reading order, behind them all image tokens, the newest first, as
-    a cache holds them that fills up from its end. A batch row with fewer words or image tokens than the longest is
-    filled up with rows at position Tk: behind everything, where nothing sees them. Under "causal" all are words."""
+    a cache holds them that fills up from its end: text image image text text stand as positions 0 3 4, 2 1. A batch row
+    with fewer words or image tokens than the longest is filled up with rows at position Tk: behind everything, where
+    nothing sees them. Under "causal" all are words, in reading order."""
     kind: str
     positions: torch.Tensor         # (B, n + m) of each arranged row
     text_mask: torch.Tensor | None  # (B, 1, n, all words), the M1 term; None where is_causal says the same

@@ -407,11 +407,11 @@ def next_step(loader, accumulation, device):
     parts = list(itertools.islice(loader, accumulation))
     if not parts:
         return None
-    micro_batches, counts, broken = zip(*parts)
+    step, counts, broken = zip(*parts)
     everywhere = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, (sum(counts, Counter()), sum(broken, [])))
     counts, broken = zip(*everywhere)
-    moved = [{name: value.to(device) for name, value in batch.items()} for batch in micro_batches]
+    moved = [{name: value.to(device) for name, value in batch.items()} for batch in step]
     return moved, sum(counts, Counter()), sum(broken, [])
 
 
