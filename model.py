@@ -392,13 +392,13 @@ class KVCache:
 class _CacheLayer:
     keys: torch.Tensor    # (1, K, length, d)
     values: torch.Tensor  # (1, K, length, d)
-    words: int            # held before this pass
-    images: int           # where image tokens begin, those of this pass too
+    words_before: int     # how many it held before this pass
+    images_start: int     # the first image token's place, those of this pass included
 
     def add_words(self, k, v):
         """New words (1, K, n, d) go behind the old -> all of them, twice (1, K, words, d)"""
-        stop = self.words + k.shape[2]
-        self.keys[:, :, self.words:stop], self.values[:, :, self.words:stop] = k, v
+        start, stop = self.words_before, self.words_before + k.shape[2]
+        self.keys[:, :, start:stop], self.values[:, :, start:stop] = k, v
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
     def add_images(self, k, v):
@@ -410,7 +410,7 @@ class _CacheLayer:
 
     def all_images(self):
         """Keys and values of all image tokens, newest first, twice (1, K, images, d)"""
-        return self.keys[:, :, self.images:], self.values[:, :, self.images:]
+        return self.keys[:, :, self.images_start:], self.values[:, :, self.images_start:]
 
 
 # ---- pictures among the words --------------------------------------------------------------------------------------

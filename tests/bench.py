@@ -8,8 +8,8 @@
     python tests/bench.py chat      time to the first token with and without what is kept; tokens per second against
                                     transformers (where it is installed) and against the memory's rate; memory
     python tests/bench.py rows      what of the rows that a batch computes is no filler, as samples come and sorted inside a step
-    python tests/bench.py gpu       the same sizes as LLaMA-2-7B behind ViT-L/14 in bfloat16: training steps of MMCA and CA, layers as they are
-                                    and compiled, then under ZeRO-3; `gpu --device cpu` rehearses it with a tiny model
+    python tests/bench.py gpu --device cuda    LLaMA-2-7B's sizes behind ViT-L/14 in bfloat16: training steps of MMCA and CA, layers as they
+                                    are and compiled, then under ZeRO-3; with `--device cpu` a rehearsal in tiny sizes
     python tests/bench.py mmca --device cuda --dtype bfloat16
     python tests/bench.py scale     a model of 1 GB over two processes with ZeRO-3: memory while it is loaded and saved
 """
@@ -84,9 +84,8 @@ def bench_mmca(args):
         modality = torch.tensor([row + [PAD] * (T - len(row)) for row in rows], device=args.device)
         ready, M = pattern(modality, modality), attention_matrix(modality, modality)
         q, k, v = (torch.randn(len(rows), H, T, d, requires_grad=True, **new) for _ in range(3))
-        rows_first = len(rows), H, ready.positions.shape[1], d
-        words_q = torch.randn(len(rows), H, ready.n, d, requires_grad=True, **new)
-        first_k, first_v = (torch.randn(rows_first, requires_grad=True, **new) for _ in range(2))
+        arranged_q = torch.randn(len(rows), H, ready.n, d, requires_grad=True, **new)
+        arranged_k, arranged_v = (torch.randn(len(rows), H, ready.positions.shape[1], d, requires_grad=True, **new) for _ in range(2))
 
         def both(forward, *inputs):
             gradient = torch.randn_like(forward(*inputs))
@@ -98,7 +97,7 @@ def bench_mmca(args):
             return run
 
         functions = {"causal attention (torch's scaled_dot_product_attention)": both(partial(F.scaled_dot_product_attention, is_causal=True), q, k, v),
-                     "MMCA, attend": both(partial(attend, pattern=ready), words_q, first_k, first_v),
+                     "MMCA, attend": both(partial(attend, pattern=ready), arranged_q, arranged_k, arranged_v),
                      "MMCA, the formula word for word": both(partial(attend_explicit, M=M), q, k, v),
                      "making the pattern (once a forward, for all layers)": lambda: pattern(modality, modality)}
         causal, *others = medians(list(functions.values()), args.rounds, partial(synchronize, args.device))
