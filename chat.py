@@ -2,15 +2,16 @@
 
 This file explains inference: a conversation whose keys and values stay in one cache, so that each round computes only
 its new tokens; pictures that are read once in their life; greedy decoding and sampling; answers that appear while they
-are made; a look at where an answer looked. The REPL and the script runner stand on top of it. Not here: the model and
-its cache (model.py), the template (data.py).
+are made; a look at where an answer looked; and what makes one token at a time fast, on a CPU (`RowLinear`) and on a GPU
+(`FixedStep`). The REPL and the script runner stand on top of it. Not here: the model and its cache (model.py), the
+template (data.py).
 
     python chat.py                                       the checkpoint in out/best
     python chat.py out/epoch-3 --temperature 0.7 --top_p 0.9
     python chat.py out/best --script questions.json --out answers.csv
 
-Shapes: T tokens, N images, P tokens of an image, S pixels a side, D width, H heads, K key/value heads, d head width,
-L layers, V vocabulary.
+Shapes: B batch, T tokens, N images, P tokens of an image, S pixels a side, D width, H heads, K key/value heads, d head
+width, L layers, V vocabulary.
 """
 import argparse
 import csv
@@ -29,13 +30,14 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
 from data import Tokenizer, Turn, encode, printable
-from mmca import IMAGE, TEXT, softmax
-from model import KVCache, VisualChat, choose_device, lay_out
+from mmca import IMAGE, TEXT, Pattern, softmax
+from model import KVCache, VisualChat, choose_device
 from vision import InputError, ViT, load_image, positive, preprocess, read_json
 
 DEFAULT = Path("out/best")
@@ -51,13 +53,137 @@ HELP = """Write a question. A word that is a picture file is attached to it (quo
 
 def pick(logits, temperature=0.0, top_p=1.0, generator=None):
     """The next token from its logits (V): the best for temperature 0, else drawn from the smallest set of likely tokens
-    whose probabilities sum to top_p (nucleus sampling, arXiv:1904.09751)."""
+    whose probabilities sum to top_p (nucleus sampling, arXiv:1904.09751). The draw is made on the CPU, so that a seed
+    gives the same answer everywhere; the choice where the logits are: one number comes back."""
     if not temperature:
         return int(logits.argmax())
-    probabilities, order = (logits.float() / temperature).softmax(-1).sort(descending=True)      # (V), (V)
-    probabilities[probabilities.cumsum(0) - probabilities > top_p] = 0  # the first is always kept
-    return int(order[torch.multinomial(probabilities.cpu(), 1, generator=generator)])
+    probabilities, order = (logits.float() / temperature).softmax(-1).sort(descending=True)  # (V), (V)
+    before = probabilities.cumsum(0) - probabilities                    # (V)
+    kept = probabilities.masked_fill(before > top_p, 0).cumsum(0)       # (V), summed up; the first is always there
+    draw = float(torch.rand((), generator=generator))
+    return int(order.take((kept <= kept[-1] * draw).sum()))
 
+
+# ---- one token at a time, fast -------------------------------------------------------------------------------------
+
+class RowLinear(nn.Linear):
+    """A linear layer for one row in float32 on a CPU; its weight (out, in) lies in memory by columns.
+
+    A token takes as long as it takes to read all weights, and torch multiplies one row with one core. A batch of
+    products keeps all cores busy: each takes a part of the row and the columns that belong to it."""
+
+    def forward(self, x):
+        """x (..., in) -> (..., out)"""
+        if x.numel() != self.in_features:
+            return super().forward(x)
+        columns = self.weight.t().view(self.parts, -1, self.out_features)   # (parts, in / parts, out)
+        y = torch.bmm(x.view(self.parts, 1, -1), columns).sum(0)            # (1, out)
+        return y.view(*x.shape[:-1], -1)                                    # (..., out)
+
+
+def lay_out(llama):
+    """Make each linear layer in float32 on a CPU a `RowLinear`; names and values stay, and no memory is added"""
+    # one for each core, and a power of two: those divide what models are wide
+    parts = 1 << (torch.get_num_threads() - 1).bit_length()
+    for linear in llama.modules():
+        if type(linear) is not nn.Linear or linear.in_features % parts:
+            continue
+        if linear.weight.is_cpu and linear.weight.dtype == torch.float32:
+            linear.weight.data = linear.weight.data.t().contiguous().t()
+            linear.__class__, linear.parts = RowLinear, parts
+
+
+@dataclass
+class FixedLayer:
+    """One layer of a KVCache, as `attend` uses it, in shapes that do not grow with what is held"""
+    keys: torch.Tensor    # (1, K, length, d)
+    values: torch.Tensor  # (1, K, length, d)
+    place: torch.Tensor   # (1), the new word's
+    words_stop: int       # words are looked for up to here
+    images_start: int     # and image tokens from here on
+
+    def add_words(self, k, v):
+        """The new word's (1, K, 1, d) go to their place -> those of every place for words, twice (1, K, words, d)"""
+        self.keys.index_copy_(2, self.place, k)
+        self.values.index_copy_(2, self.place, v)
+        return self.keys[:, :, :self.words_stop], self.values[:, :, :self.words_stop]
+
+    def add_images(self, k, v):
+        """Nothing to add -> those of every place for image tokens, twice (1, K, images, d)"""
+        return self.keys[:, :, self.images_start:], self.values[:, :, self.images_start:]
+
+
+class FixedStep:
+    """`VisualChat.read` of one word, in shapes that stay the same from word to word: on a GPU one CUDA graph.
+
+    A word takes some forty small kernels a layer, and Python needs ten times as long to launch them as they run. A
+    graph launches all at once, but it does the same with the same memory each time. So what changes from word to word
+    stands in a tensor, `state`, and attention goes over a fixed part of the cache, held or not: masks that are made of
+    the state hide the rest. words, images: how many places are seen from the front and from the end of the cache."""
+
+    def __init__(self, model, cache, words, images, compiled=True):
+        self.model, self.cache, self.compiled = model, cache, compiled
+        self.words_stop, self.images_start = words, cache.size - images
+        self.state = torch.zeros(3, dtype=torch.long, device=cache.modality.device)  # token; words and image tokens held
+        self.graph = None
+        # what a mask hides is multiplied by zero, so there must be a number
+        for buffer in (*cache.keys, *cache.values):
+            buffer[:, :, cache.words:cache.size - cache.images] = 0
+
+    def layer(self, i, pattern):
+        """What `KVCache.layer` is to `read`"""
+        place = self.state[1:2]                                         # (1)
+        return FixedLayer(self.cache.keys[i], self.cache.values[i], place, self.words_stop, self.images_start)
+
+    def forward(self):
+        """The word in `state` goes into the cache -> logits of the next (V)"""
+        token, words, images = self.state                               # (), (), ()
+        place = torch.arange(self.cache.size, device=token.device)      # (length)
+        held = place[:self.words_stop] <= words                         # (words), with the new one
+        shown = place[self.images_start:] >= self.cache.size - images   # (images)
+        position = (words + images)[None, None]                         # (1, 1)
+        who = Pattern(self.model.attention, position, held[None, None, None], shown[None, None, None], range(1))
+        language = self.model.language_model
+        x = language.model.embed_tokens(token[None, None])              # (1, 1, D)
+        x = language.model(x, who, self, self.model.cross_attention)    # (1, 1, D)
+        return language.lm_head(x[0, 0]).float()                        # (V)
+
+    def capture(self):
+        """Note the kernels of `forward` in a graph. Layers are compiled for that moment: replaying needs no Python"""
+        layers = [*self.model.language_model.model.layers, *(self.model.cross_attention or [])]
+        try:
+            if self.compiled:
+                torch._dynamo.config.recompile_limit = 64  # once for each size
+                for layer in layers:
+                    layer.forward = torch.compile(layer.forward, dynamic=False)
+            self.forward()  # what happens at a first call alone, compiling above all, cannot be noted
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.device(self.state.device), torch.cuda.graph(graph):
+                self.logits = self.forward()                            # (V)
+            self.graph = graph
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"a layer cannot be compiled: {reason}; --no_compile does without") from error
+        finally:
+            for layer in layers:
+                vars(layer).pop("forward", None)
+
+    @torch.inference_mode()
+    def __call__(self, token):
+        """The next word's id -> logits of the one after it (V), good until the next call"""
+        self.cache.append(torch.tensor([[TEXT]], device=self.state.device))
+        self.state.copy_(torch.tensor([token, self.cache.words, self.cache.images]))
+        if not self.state.is_cuda:
+            self.logits = self.forward()                                # (V)
+        else:
+            if self.graph is None:
+                self.capture()
+            self.graph.replay()
+        self.cache.words += 1  # last: until here an interrupt leaves the cache as it was
+        return self.logits
+
+
+# ---- the conversation ----------------------------------------------------------------------------------------------
 
 @dataclass
 class Round:
@@ -72,9 +198,10 @@ class Chat:
     """One conversation with a VisualChat model. `ask` answers; the cache holds the beginning of what was said, mostly
     all of it, and whatever it does not hold is read next time: an interrupt at any place does no harm.
 
-    picture_bytes: the most memory for pictures that are known; those of the conversation stay whatever it is."""
+    picture_bytes: the most memory for pictures that are known; those of the conversation stay whatever it is. compiled:
+    whether a GPU's graphs are made of compiled layers."""
 
-    def __init__(self, model, tokenizer, picture_bytes=2e9):
+    def __init__(self, model, tokenizer, picture_bytes=2e9, compiled=True):
         self.model, self.tokenizer, self.picture_bytes = model, tokenizer, picture_bytes
         language = model.language_model.model
         self.context, weight = language.config.max_position_embeddings, language.embed_tokens.weight
@@ -82,6 +209,8 @@ class Chat:
         self.cache = KVCache(language.config, self.context, list(language.devices) or self.device, weight.dtype)
         self.known = OrderedDict()  # sha256 of a picture file -> what is kept of it, the least recently used first
         self.head = encode([], tokenizer, model.image_tokens).input_ids.tolist()  # `<s>` and the system's words
+        self.fixed = self.device.type == "cuda" and not language.devices  # a graph is one device's
+        self.compiled, self.steps = compiled, {}  # (words, images) that are seen -> FixedStep
         lay_out(model.language_model)
         self.clear()
 
@@ -123,6 +252,19 @@ class Chat:
         known = modality[:start].count(IMAGE) // self.model.image_tokens
         new = (torch.tensor([part[start:stop]], device=self.device) for part in (ids, modality))     # (1, T), (1, T)
         return self.model.read(*new, self.cache, pictures[known:])
+
+    def read_word(self, token):
+        """The cache learns one word more -> logits of the next token (V)"""
+        if not self.fixed:
+            ids = torch.tensor([[token]], device=self.device)           # (1, 1)
+            return self.model.read(ids, torch.full_like(ids, TEXT), self.cache)
+
+        # 0, 512, 1024, 2048, ... places: few graphs, and little that is looked at for nothing
+        sizes = [1 << max(9, (held - 1).bit_length()) if held else 0 for held in (self.cache.words + 1, self.cache.images)]
+        words, images = (min(size, self.cache.size) for size in sizes)
+        if (words, images) not in self.steps:
+            self.steps[words, images] = FixedStep(self.model, self.cache, words, images, self.compiled)
+        return self.steps[words, images](token)
 
     def ask(self, question, images=(), max_new_tokens=256, temperature=0.0, top_p=1.0, generator=None):
         """One round: reads question and picture files -> a generator of the answer's token ids, without the end token.
@@ -174,10 +316,9 @@ class Chat:
 
     def answer(self, this, logits, room, temperature, top_p, generator):
         """Logits of the first token -> a generator of at most `room` tokens, each read when the next is asked for"""
-        one = torch.tensor([[TEXT]], device=self.device)
         for n in range(room):
             if n:
-                logits = self.model.read(torch.tensor([this.ids[-1:]], device=self.device), one, self.cache)  # (V)
+                logits = self.read_word(this.ids[-1])                   # (V)
             token = pick(logits[:len(self.tokenizer)], temperature, top_p, generator)
             this.ids.append(token)
             if token == self.tokenizer.eos:
@@ -453,6 +594,8 @@ def main():
         "there is)")
     add("--picture_memory", type=float, default=2.0, metavar="GB", help="the most for known pictures; those of the "
         "conversation stay whatever it is (%(default)s)")
+    add("--no_compile", dest="compile", action="store_false", help="on a GPU: compute the layers as they are written "
+        "(else the first answers wait some seconds)")
     add("--script", type=Path, metavar="JSON", help="answer the dialogues of this file instead of a person's (none)")
     add("--out", type=Path, default=Path("answers.csv"), metavar="CSV", help="where its answers go (%(default)s)")
     args = parser.parse_args()
@@ -461,7 +604,10 @@ def main():
             raise InputError("--temperature and --picture_memory are numbers from 0, --top_p one above 0 and at most 1")
         device, dtype = choose_device(args.device)
         model = VisualChat.from_pretrained(args.checkpoint, dtype, device)
-        chat = Chat(model, Tokenizer(args.checkpoint / "language_model" / "tokenizer.model"), args.picture_memory * 1e9)
+        if len(device) > 1:
+            print("layers on several devices: every word is read without a CUDA graph, which is slower")
+        tokenizer = Tokenizer(args.checkpoint / "language_model" / "tokenizer.model")
+        chat = Chat(model, tokenizer, args.picture_memory * 1e9, args.compile)
         for file in (sys.stdin, sys.stdout):
             file.reconfigure(errors="replace")  # bytes that are no text; a terminal that lacks a character
         if args.script:

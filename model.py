@@ -12,13 +12,12 @@ width, H heads, K key/value heads, d head width, L layers, V vocabulary.
 """
 import argparse
 import json
-import mmap
 import os
 import pickle
 import shutil
 import sys
 from collections import Counter, OrderedDict
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -122,51 +121,6 @@ def rotate(x, cos, sin):
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
-def together(x, *linears):
-    """x (..., in) through several linear layers -> a list of (..., out). See `lay_out` for what happens to one row."""
-    joint = getattr(linears[0], "joint", None)  # (parts, in / parts, out of all) or (parts, in, out of all / parts)
-    if joint is None or x.numel() != x.shape[-1]:
-        return [linear(x) for linear in linears]
-    parts, rows, _ = joint.shape
-    if rows < x.shape[-1]:
-        y = torch.bmm(x.view(parts, 1, rows), joint).sum(0)                                  # (1, out of all)
-    else:
-        y = torch.bmm(x.view(1, 1, rows).expand(parts, 1, rows), joint)                      # (parts, 1, out / parts)
-    return y.view(*x.shape[:-1], -1).split([linear.out_features for linear in linears], -1)
-
-
-def lay_out(llama):
-    """Lay weights in float32 on a CPU out for the decoding of one row; names and values stay, no memory is added.
-
-    A token takes as long as it takes to read all weights, and torch multiplies one row with one core, in short runs
-    through memory. Here the matrices that multiply the same rows lie side by side, their longer side contiguous, in one
-    part for each core (`together`), on large pages of memory where the system has them."""
-    groups, parts = [[llama.lm_head]], torch.get_num_threads()
-    for layer in llama.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        groups += [[attention.q_proj], [attention.k_proj, attention.v_proj], [attention.o_proj]]
-        groups += [[mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
-    groups = [linears for linears in groups if isinstance(linears[0], nn.Linear)
-              and linears[0].weight.device.type == "cpu" and linears[0].weight.dtype == torch.float32]
-    size = sum(linear.weight.nbytes for linears in groups for linear in linears)
-    if hasattr(mmap, "MADV_HUGEPAGE") and size:
-        room = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError):  # a wish: some kernels are built without large pages
-            room.madvise(mmap.MADV_HUGEPAGE)
-        room = torch.frombuffer(room, dtype=torch.uint8)                                     # (bytes)
-    else:
-        room = torch.empty(size, dtype=torch.uint8)                                          # (bytes)
-    for linears in groups:
-        out, rows = sum(linear.out_features for linear in linears), linears[0].in_features
-        part, room = room[:4 * out * rows].view(torch.float32), room[4 * out * rows:]        # (in x out of all)
-        wide = out > rows
-        whole = part.view(rows, out) if wide else part.view(out, rows).t()                   # (in, out of all)
-        for linear, columns in zip(linears, whole.split([linear.out_features for linear in linears], 1)):
-            linear.weight.data = columns.copy_(linear.weight.data.t()).t()
-        n = parts if (rows if wide else out) % parts == 0 else 1
-        linears[0].joint = part.view(n, -1, out) if wide else part.view(n, -1, rows).transpose(1, 2)
-
-
 class LlamaAttention(nn.Module):
     """Queries of the words, keys and values of every row, rotated to their position; then `mmca.attend`."""
 
@@ -183,16 +137,16 @@ class LlamaAttention(nn.Module):
 
     def query(self, x, cos, sin):
         """What words (B, n, D) ask, rotated -> (B, H, n, d)"""
-        q, = together(x, self.q_proj)                                       # (B, n, H d)
-        return rotate(self.heads(q), cos, sin)                              # (B, H, n, d)
+        return rotate(self.heads(self.q_proj(x)), cos, sin)                 # (B, H, n, d)
 
     def forward(self, x, cos, sin, pattern, cache=None, rows=None):
         """x (B, n + m, D), words first, cos and sin (B, 1, n + m, d) -> (B, n + m, D), or only so many rows of it"""
         n = pattern.n
         q = self.query(x[:, :n], cos[:, :, :n], sin[:, :, :n])              # (B, H, n, d): an image token asks nothing
-        k, v = map(self.heads, together(x, self.k_proj, self.v_proj))       # (B, K, n + m, d), (B, K, n + m, d)
-        out = attend(q, rotate(k, cos, sin), v, pattern, cache)             # (B, H, n + m, d)
-        return together(out[:, :, :rows].transpose(1, 2).flatten(2), self.o_proj)[0]
+        k = rotate(self.heads(self.k_proj(x)), cos, sin)                    # (B, K, n + m, d)
+        v = self.heads(self.v_proj(x))                                      # (B, K, n + m, d)
+        out = attend(q, k, v, pattern, cache)                               # (B, H, n + m, d)
+        return self.o_proj(out[:, :, :rows].transpose(1, 2).flatten(2))     # (B, n + m, D)
 
 
 class LlamaMLP(nn.Module):
@@ -206,8 +160,7 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x):
         """x (B, T, D) -> (B, T, D)"""
-        gate, up = together(x, self.gate_proj, self.up_proj)                                 # (B, T, F), (B, T, F)
-        return together(F.silu(gate) * up, self.down_proj)[0]
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, D)
 
 
 class LlamaLayer(nn.Module):
@@ -273,7 +226,7 @@ class LlamaModel(nn.Module):
             if cross_attention is not None:
                 x = apply(cross_attention[i], x, features, pattern, store, again=self.gradient_checkpointing)
             # behind the last keys and values nobody needs an image token
-            rows = pattern.n if layer is self.layers[-1] else None
+            rows = pattern.n if layer is self.layers[-1] and x.shape[1] > pattern.n else None
             x = apply(layer, x, cos, sin, pattern, store, rows, again=self.gradient_checkpointing)
         return self.norm(x)                                                 # (B, n, D)
 
@@ -547,7 +500,7 @@ class VisualChat(nn.Module):
             x = who.arrange(self.embed(input_ids, modality, torch.stack(pictures) if pictures else None))
         x = self.language_model.model(x, who, cache, self.cross_attention)  # (1, n, D)
         head = self.language_model.lm_head  # where it shares its weight with the embedding, on the first device
-        logits = together(x[0, -1].to(head.weight.device), head)[0].float()                  # (V)
+        logits = head(x[0, -1].to(head.weight.device)).float()              # (V)
         cache.advance(who)  # last: until here an interrupt leaves the cache as it was
         return logits
 

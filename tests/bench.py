@@ -7,6 +7,7 @@
     python tests/bench.py qwen      Qwen-VL's 2B encoder from ten shards in bfloat16: time and memory; writes 4 GB to TMPDIR
     python tests/bench.py chat      time to the first token with and without what is kept; tokens per second against
                                     transformers (where it is installed) and against the memory's rate; memory
+    python tests/bench.py chat --device cuda    the same with LLaMA-2-7B's sizes in bfloat16
     python tests/bench.py rows      what of the rows that a batch computes is no filler, as samples come and sorted inside a step
     python tests/bench.py gpu --device cuda    LLaMA-2-7B's sizes behind ViT-L/14 in bfloat16: training steps of MMCA and CA, layers as they
                                     are and compiled, then under ZeRO-3; with `--device cpu` a rehearsal in tiny sizes
@@ -41,10 +42,10 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train  # noqa: E402
-from chat import Chat  # noqa: E402
+from chat import Chat, pick  # noqa: E402
 from data import Epoch, Samples, Tokenizer, Turn, collate, encode, read_datasets  # noqa: E402
 from mmca import IMAGE, PAD, TEXT, attend, attend_explicit, attention_matrix, pattern  # noqa: E402
-from model import LANGUAGE, VISION, KVCache, Llama, LlamaConfig, VisualChat, make_vit, plain_weights, save_weights, write_json  # noqa: E402
+from model import LANGUAGE, VISION, Llama, LlamaConfig, VisualChat, make_vit, plain_weights, save_weights, write_json  # noqa: E402
 from vision import CLIP_PREPROCESSING, ViT, ViTConfig  # noqa: E402
 
 
@@ -295,32 +296,40 @@ def scale_process(args):
 
 class Words(Tokenizer):
     """The fixtures' tokenizer for a model with a larger vocabulary, all of which it may say"""
-    size = 49152
+
+    def __init__(self, size):
+        super().__init__(Path(__file__).parent / "fixtures/tokenizer.model")
+        self.size = size
 
     def __len__(self):
         return self.size
 
 
-def chat_model():
-    """A LLaMA of the shape of SmolLM-135M (head and embedding apart) behind CLIP's ViT-L/14, random weights, MMCA"""
+def chat_model(device="cpu"):
+    """CLIP's ViT-L/14 before a LLaMA of the shape of SmolLM-135M (head and embedding apart) in float32, on a GPU before
+    LLaMA-2-7B in bfloat16; MMCA, random weights, made on the device"""
     torch.manual_seed(0)
-    language = LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-                           head_dim=64, vocab_size=Words.size, max_position_embeddings=4096)
+    cpu = torch.device(device).type == "cpu"
+    torch.set_default_dtype(torch.float32 if cpu else torch.bfloat16)
+    small = LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+                        head_dim=64, vocab_size=49152, max_position_embeddings=4096)
     tower = ViTConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224, patch_size=14)
-    model = VisualChat(ViT(tower), Llama(language)).eval()
+    with torch.device(device):
+        model = VisualChat(ViT(tower), Llama(small if cpu else LANGUAGE["7b"])).eval()
     model.language_model.lm_head.weight.data[2] = 0  # never `</s>`: all answers are of one length
     model.preprocessing = {"size": 224, "crop_size": 224, **CLIP_PREPROCESSING}
-    return model, Words(Path(__file__).parent / "fixtures/tokenizer.model")
+    return model, Words(model.language_model.config.vocab_size)
 
 
-def stopwatch(model, names):
-    """Take the time of some of a model's methods -> a dict of seconds that grows"""
+def stopwatch(model, names, wait):
+    """Take the time of some of a model's methods -> a dict of seconds that grows. wait: for a GPU"""
     spent = dict.fromkeys(names, 0.0)
 
     def watched(name, method):
         def run(*args):
             began = time.perf_counter()
             result = method(*args)
+            wait()
             spent[name] += time.perf_counter() - began
             return result
         return run
@@ -332,11 +341,12 @@ def stopwatch(model, names):
 
 def bench_chat(args):
     """Ten rounds, known pictures, decoding, memory"""
-    model, tokenizer = chat_model()
+    wait, on_gpu = partial(synchronize, args.device), torch.device(args.device).type != "cpu"
+    model, tokenizer = chat_model(args.device)
     language, config = model.language_model, model.language_model.config
     size = sum(p.numel() for p in language.parameters()) / 1e6
     print(f"\na LLaMA of {size:.0f}M parameters, ViT-L/14 (257 tokens a picture), random weights, MMCA; answers of 24 tokens")
-    spent = stopwatch(model, ["encode_images", "read_picture", "read"])
+    spent = stopwatch(model, ["encode_images", "read_picture", "read"], wait)
 
     def ask(talk, question, images, prepare=lambda: None):
         """One round -> (seconds to the first token and of the parts up to it, the answer's 24 tokens)"""
@@ -364,54 +374,84 @@ def bench_chat(args):
             question, shown = f"And what is to be seen in round number {n}, please?", pictures[n // 2:n // 2 + 1] if n in (0, 2, 4, 6) else []
             again, expected = ask(anew, question, shown, forget)
             ours, said = ask(talk, question, shown)
-            assert said == expected, "the answers differ"
+            assert on_gpu or said == expected, "the answers differ"
             kept, again_ = (f"{first:6.2f} ({', '.join(f'{part:.2f}' for part in parts)})" for first, *parts in (ours, again))
-            print(f"  round {n + 1:2}, {len(talk.said()[0]):4} tokens {kept}   everything again {again_}   {again[0] / ours[0]:5.1f} times, same answer")
-        for what in ("read anew", "known    "):
-            talk.clear()
-            parts, _ = ask(talk, "What do these have in common?", pictures[4:12])
-            print(f"  8 pictures after /clear, {what} {parts[0]:6.2f} ({', '.join(f'{part:.2f}' for part in parts[1:])})")
+            same = sum(one == other for one, other in zip(said, expected))
+            print(f"  round {n + 1:2}, {len(talk.said()[0]):4} tokens {kept}   everything again {again_}   {again[0] / ours[0]:5.1f} times, {same} of 24 tokens the same")
+        for what, question, shown in (("8 pictures after /clear, read anew", "What do these have in common?", pictures[4:12]),
+                                      ("the round after that              ", "Why?", []),
+                                      ("8 pictures after /clear, known    ", "What do these have in common?", pictures[4:12])):
+            if shown:
+                talk.clear()
+            parts, _ = ask(talk, question, shown)
+            print(f"  {what} {parts[0]:6.2f} ({', '.join(f'{part:.2f}' for part in parts[1:])})")
+    bench_decoding(args, model, talk)
+    if not on_gpu:
+        subprocess.run([sys.executable, __file__, "chat_memory", "--threads", str(args.threads)], check=True,
+                       env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})  # what is freed goes back to the system
 
-    ids, one = torch.randint(3, config.vocab_size, (1, 300)), torch.tensor([[TEXT]])
-    cache, texts, steps = KVCache(config, 512, torch.device("cpu"), torch.float32), torch.full_like(ids, TEXT), 32
-    large, row, outputs = torch.randn(8192, 16384), torch.randn(1, 1, 16384), {}
-    halves = large.view(args.threads, -1, 16384).transpose(1, 2), row.expand(args.threads, 1, -1)
 
-    def ours(count):
-        cache.truncate(0)
-        said, logits = [], model.read(ids, texts, cache)
-        for n in range(count):
-            said.append(int(logits.argmax()))
-            if n + 1 < count:
-                logits = model.read(torch.tensor([said[-1:]]), one, cache)
-        outputs["ours"] = said
+def bench_decoding(args, model, talk):
+    """Tokens per second of greedy answers after 300 tokens: chat's, transformers', and the limit that reading the weights sets"""
+    config, on_gpu = model.language_model.config, torch.device(args.device).type != "cpu"
+    ids, steps = torch.randint(3, config.vocab_size, (1, 300), device=args.device), 48
+    texts = torch.full_like(ids, TEXT)
 
-    runs = {"one": partial(ours, 1), "all": partial(ours, steps + 1), "mv": lambda: torch.mv(large, row[0, 0]), "bmm": lambda: torch.bmm(halves[1], halves[0])}
+    def ours(chat, count):
+        chat.cache.truncate(0)
+        said = [pick(model.read(ids, texts, chat.cache))]
+        while len(said) < count:
+            said.append(pick(chat.read_word(said[-1])))
+        return said
+
+    runs = {"chat": partial(ours, talk)}
+    if on_gpu:
+        began = time.perf_counter()
+        ours(talk, 2)
+        print(f"\nthe first two tokens, layers compiled and noted in a graph on the way: {time.perf_counter() - began:.2f} s")
+        runs["chat --no_compile"] = partial(ours, Chat(model, talk.tokenizer, compiled=False))
+        runs["chat without a graph"] = partial(ours, Chat(model, talk.tokenizer))
+        runs["chat without a graph"].args[0].fixed = False
     if find_spec("transformers"):
         from transformers import LlamaConfig as TheirConfig
         from transformers import LlamaForCausalLM
-        theirs = LlamaForCausalLM(TheirConfig(**asdict(config), eos_token_id=None)).eval()
-        theirs.load_state_dict(language.state_dict())
+        with torch.device(args.device):
+            theirs = LlamaForCausalLM(TheirConfig(**asdict(config), eos_token_id=None)).eval()
+        theirs.load_state_dict(model.language_model.state_dict())
 
-        def generate(count):
-            outputs["theirs"] = theirs.generate(ids, attention_mask=texts, max_new_tokens=count, do_sample=False, pad_token_id=0)[0, 300:].tolist()
-        runs.update({"their one": partial(generate, 1), "their all": partial(generate, steps + 1)})
+        def generate(count, **settings):
+            return theirs.generate(ids, attention_mask=texts, max_new_tokens=count, do_sample=False, pad_token_id=0, **settings)[0, 300:].tolist()
+
+        runs[f"transformers {version('transformers')}"] = generate
+        if on_gpu:
+            runs["transformers, static cache"] = partial(generate, cache_implementation="static")
+    large = torch.randn(8192, 16384, device=args.device) if not on_gpu else torch.randn(32768, 32768, device=args.device)
+    row = torch.randn(1, 1, large.shape[1], device=args.device)
+    limits = {"torch.mv with a large matrix": lambda: torch.mv(large, row[0, 0])}
+    if not on_gpu:
+        parts = large.view(args.threads, -1, large.shape[1]).transpose(1, 2)
+        limits["the same in one part for each thread"] = lambda: torch.bmm(row.expand(args.threads, 1, -1), parts)
+    answers = {}
+    for label in list(runs):  # once through: what compiles has compiled
+        try:
+            answers[label] = runs[label](steps + 1)
+        except RuntimeError as error:  # transformers compiles where the cache is static
+            print(f"{label} failed: {type(error).__name__} {str(error).splitlines()[0]}")
+    functions = {(label, count): partial(runs[label], count) for label in answers for count in (1, steps + 1)}
     with torch.inference_mode():
-        times = dict(zip(runs, medians(list(runs.values()), args.rounds)))
-    token = (times["all"] - times["one"]) / steps
-    read = 4 * (sum(p.numel() for p in language.parameters()) - language.model.embed_tokens.weight.numel())
-    read += 2 * 4 * (300 + steps // 2) * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        times = dict(zip([*functions, *limits], medians([*functions.values(), *limits.values()], args.rounds, partial(synchronize, args.device))))
+    each = large.element_size()
+    read = each * (sum(p.numel() for p in model.language_model.parameters()) - model.language_model.model.embed_tokens.weight.numel())
+    read += 2 * each * (300 + steps // 2) * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    token = {label: (times[label, steps + 1] - times[label, 1]) / steps for label in answers}
     print(f"\ndecoding after 300 tokens, {read / 1e6:.0f} MB of weights and cache read for a token")
-    print(f"  chat                {1 / token:6.1f} tokens/s, {1000 * token:5.1f} ms")
-    if "their all" in times:
-        assert outputs["ours"] == outputs["theirs"], "the answers differ"
-        their = (times["their all"] - times["their one"]) / steps
-        print(f"  transformers {version('transformers')} {1 / their:6.1f} tokens/s, {1000 * their:5.1f} ms; chat is {their / token:.2f} times as fast; same answer")
-    for name, what in (("mv", "torch.mv with a matrix of 0.5 GB"), ("bmm", "the same in one part for each thread")):
+    for label, seconds in token.items():
+        same = sum(one == other for one, other in zip(answers["chat"], answers[label]))
+        assert on_gpu or same == steps + 1, "the answers differ"
+        print(f"  {label:28} {1 / seconds:6.1f} tokens/s, {1000 * seconds:5.1f} ms; chat is {seconds / token['chat']:5.2f} times as fast; {same} of {steps + 1} tokens the same")
+    for name in limits:
         rate = large.nbytes / times[name]
-        print(f"  the limit by {what}, {rate / 1e9:.1f} GB/s: {1000 * read / rate:.1f} ms; chat reaches {read / rate / token:.0%}")
-    subprocess.run([sys.executable, __file__, "chat_memory", "--threads", str(args.threads)], check=True,
-                   env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})  # what is freed goes back to the system
+        print(f"  the limit by {name}, {rate / 1e9:.1f} GB/s: {1000 * read / rate:.1f} ms; chat reaches {read / rate / token['chat']:.0%}")
 
 
 def bench_rows(args):
@@ -533,7 +573,7 @@ def main():
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=9, help="medians of so many")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cpu", help="of mmca and gpu")
+    parser.add_argument("--device", default="cpu", help="of mmca, chat and gpu")
     parser.add_argument("--dtype", default="float32", help="of mmca")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -542,7 +582,8 @@ def main():
     if args.what == "chat_memory":
         return chat_memory(args)
     name = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else f"{platform.machine()}, {args.threads} threads"
-    print(f"{name}, torch {torch.__version__}, {'bfloat16' if args.what == 'gpu' else args.dtype}")
+    dtype = "bfloat16" if args.what == "gpu" or args.what == "chat" and args.device.startswith("cuda") else args.dtype
+    print(f"{name}, torch {torch.__version__}, {dtype}")
     {"mmca": bench_mmca, "data": bench_data, "vision": bench_vision, "qwen": bench_qwen, "scale": bench_scale, "chat": bench_chat, "rows": bench_rows, "gpu": bench_gpu}[args.what](args)
 
 

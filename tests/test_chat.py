@@ -18,10 +18,10 @@ import torch
 from conftest import FIXTURES, ROOT, all_logits, tiny_model
 
 import chat as chat_module
-from chat import Chat, attachments, completions, pick, repl, run_script, spotlight, stream
+from chat import Chat, FixedStep, RowLinear, attachments, completions, lay_out, pick, repl, run_script, spotlight, stream
 from data import Tokenizer, Turn, encode, own
-from mmca import attention_matrix, pattern
-from model import rotary, rotate
+from mmca import TEXT, attention_matrix, pattern
+from model import KVCache, rotary, rotate
 from vision import InputError, load_image, preprocess
 
 TOKENIZER = Tokenizer(FIXTURES / "tokenizer.model")
@@ -60,7 +60,7 @@ def assert_cache_is_one_pass(talk):
     features = torch.stack([features_of(talk.model, path) for path in paths]) if paths else None
     if talk.cache.length == len(ids):
         talk.cache.truncate(len(ids) - 1)
-    expected = all_logits(talk.model, torch.tensor([ids]), torch.tensor([modality]), features)[0, -1]
+    expected = all_logits(talk.model, torch.tensor([ids]), torch.tensor([modality]), features)[0, -1].float()
     torch.testing.assert_close(talk.read(), expected, atol=1e-4, rtol=1e-3)
     assert talk.cache.length == len(ids)
 
@@ -287,6 +287,158 @@ def test_greedy_and_nucleus_sampling():
     assert seeds[0] == seeds[1] != seeds[2]
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_linear_layers_for_one_row_change_nothing_but_the_layout(tied, threads):
+    model, before = tiny_model(), torch.get_num_threads()
+    llama = model.language_model
+    if tied:
+        llama.lm_head.weight = llama.model.embed_tokens.weight
+    ids = torch.randint(3, 500, (1, 9))
+
+    def logits(*lengths):
+        cache, start = KVCache(llama.config, 9, "cpu", torch.float32), 0
+        for length in lengths:
+            given = model.read(ids[:, start:start + length], torch.full((1, length), TEXT), cache)
+            start += length
+        return given
+
+    def memory():
+        return sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in llama.parameters()}.values())
+    expected, values, size = logits(9), {name: p.clone() for name, p in llama.named_parameters()}, memory()
+    torch.set_num_threads(threads)
+    try:
+        lay_out(llama)
+        assert memory() == size and all(torch.equal(p, values[name]) for name, p in llama.named_parameters())
+        assert isinstance(llama.model.layers[0].mlp.gate_proj, RowLinear) and llama.lm_head.weight.stride() == (1, 512)
+        for lengths in ((9,), (8, 1), (1,) * 9):
+            torch.testing.assert_close(logits(*lengths), expected, atol=1e-5, rtol=1e-5)
+        llama.lm_head.weight.data *= 2
+        torch.testing.assert_close(logits(8, 1), logits(9), atol=1e-4, rtol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+
+
+class Both(Chat):
+    """A conversation whose every word is read twice, as on a CPU and in fixed shapes; the second goes on"""
+    apart = 0.0
+
+    def read_word(self, token):
+        length, self.fixed = self.cache.length, False
+        expected = super().read_word(token)
+        assert self.cache.length == length + 1
+        self.cache.truncate(length)
+        self.fixed = True
+        logits = super().read_word(token)
+        assert self.cache.length == length + 1
+        self.apart = max(self.apart, float((logits - expected).abs().max()))
+        return logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_word_in_fixed_shapes_is_a_word_read(kind):
+    """50 random conversations: pictures first, last, several, none, rounds taken back and let go, places doubled in between"""
+    model, seen, furthest = tiny_model(kind).double(), Counter(), 0
+    model.language_model.config.max_position_embeddings = 1200
+    for seed in range(50):
+        dice, talk = random.Random(seed), Both(model, TOKENIZER)
+        for _ in range(dice.randrange(3, 8)):
+            pictures = dice.choices(PICTURES, k=dice.choice([0, 0, 1, 1, 3, 8]))
+            list(talk.ask(dice.choice(["Why?", "What is this?", "long " * dice.randrange(300)]), pictures, dice.randrange(1, 7)))
+            seen["let go"] += talk.notice is not None
+            seen["no picture"] += not talk.cache.images
+            if dice.random() < 0.2:
+                talk.undo()
+                seen["undo"] += 1
+        assert_cache_is_one_pass(talk)
+        furthest = max(furthest, talk.apart)
+        seen["grown"] += len(talk.steps) > 1
+        seen.update(f"{words}, {images}" for words, images in talk.steps)
+    print(dict(seen), furthest)
+    assert all(seen[what] for what in ("let go", "no picture", "undo", "grown", "512, 0", "1024, 0"))
+    assert seen["512, 512"] > 1 or kind == "causal"
+    assert furthest < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_word_in_fixed_shapes_is_one_graph(kind, monkeypatch):
+    """Also where there is room for image tokens and none is held: that term is zero"""
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+    torch._dynamo.reset()
+    model = tiny_model(kind)
+    for pictures, places in ((PICTURES[:2], (512, 0 if kind == "causal" else 512)), ([], (512, 0 if kind == "causal" else 512)), ([], (512, 0))):
+        talk = Chat(model, TOKENIZER)
+        list(talk.ask("What is this?", pictures, 4))
+        length = talk.cache.length
+        expected = talk.read_word(9)
+        talk.cache.truncate(length)
+        step = FixedStep(model, talk.cache, *places)
+        step.forward = torch.compile(step.forward, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(step(9), expected, atol=1e-5, rtol=0)
+        assert talk.cache.length == length + 1
+
+
+class FakeGraph:
+    """Stands for torch.cuda's: notes that it was made and replayed"""
+    made = replayed = 0
+
+    def __init__(self):
+        FakeGraph.made += 1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return False
+
+
+def test_layers_are_compiled_for_the_capture_alone(monkeypatch):
+    """Whatever happens meanwhile; what does not compile is one sentence with the remedy"""
+    model, compiled = tiny_model("cross"), []
+    layers = [*model.language_model.model.layers, *model.cross_attention]
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: FakeGraph())
+
+    def compile(forward, dynamic):
+        compiled.append(forward)
+        assert dynamic is False, "a mask whose size is not known is not aligned"
+        return lambda *inputs: failure() if failure else forward(*inputs)
+    monkeypatch.setattr(torch, "compile", compile)
+    talk = Chat(model, TOKENIZER)
+    list(talk.ask("What is this?", PICTURES[:2], 4))
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    def fail():
+        raise torch._dynamo.exc.InternalTorchDynamoError("no compiler\nfor what it is")
+    for failure, error, words in ((interrupt, KeyboardInterrupt, ""), (None, None, ""), (fail, InputError, "compiled: no compiler; --no_compile does without")):
+        step = FixedStep(model, talk.cache, 512, 512)
+        with pytest.raises(error, match=words or None) if error else torch.inference_mode():
+            step.capture()
+        assert (step.graph is None) == bool(error) and not any("forward" in vars(layer) for layer in layers)
+    assert len(compiled) == 3 * len(layers)
+    FixedStep(model, talk.cache, 512, 512, compiled=False).capture()
+    assert len(compiled) == 3 * len(layers)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_on_a_gpu_is_a_word_read(kind, compiled, monkeypatch):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+    torch._dynamo.reset()
+    model = tiny_model(kind).to("cuda")
+    talk = Both(model, TOKENIZER, compiled=compiled)
+    assert talk.fixed
+    for question, pictures in [*ROUNDS, ("long " * 500, PICTURES[2:4]), ("And so?", [])]:
+        list(talk.ask(question, pictures, 20))
+    talk.undo()
+    list(talk.ask("Really?", PICTURES[:1], 20, temperature=1.0, generator=torch.Generator().manual_seed(1)))
+    assert talk.apart < 1e-4 and len(talk.steps) > 1 and all(step.graph for step in talk.steps.values())
+
+
 def test_streaming_never_prints_half_a_character_or_a_control_character():
     text = "a cat ☃ 猫 and 🐈 end"
     ids = TOKENIZER.encode(text)
@@ -374,14 +526,17 @@ def test_commands(monkeypatch, capsys, tmp_path):
     assert len(list(own("talk.json", None, None))) == 1
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("seed", range(int(os.environ.get("TALKS", 1))))
-def test_random_rounds_never_end_it_and_the_cache_stays_right(seed, monkeypatch, capsys, tmp_path):
+def test_random_rounds_never_end_it_and_the_cache_stays_right(seed, fixed, monkeypatch, capsys, tmp_path):
     """ROUNDS lines (1,000 by hand) of commands, pictures, garbage, control characters, with interrupts at random times"""
     monkeypatch.chdir(tmp_path)
     Path("broken.png").write_bytes(b"\x89PNG")
     model, dice, rounds = tiny_model(), random.Random(seed), int(os.environ.get("ROUNDS", 60))
     model.language_model.config.max_position_embeddings = 400
     talk, known = Chat(model, TOKENIZER, 20 * 17 * 1024), [*PICTURES, "broken.png", "nowhere.png", "file://%ff.png"]
+
+    talk.fixed = fixed
 
     def line():
         garbage = "".join(chr(dice.choice([dice.randrange(32), dice.randrange(127, 160), dice.randrange(0xd800), 0xdcff])) for _ in range(30))
@@ -393,7 +548,7 @@ def test_random_rounds_never_end_it_and_the_cache_stays_right(seed, monkeypatch,
     lines, stop, parent = [line().replace("\n", "") for _ in range(rounds)], threading.Event(), os.getpid()
 
     def interrupts():
-        while not stop.wait(random.Random().expovariate(30)):
+        while not stop.wait(random.Random().expovariate(90)):
             os.kill(parent, signal.SIGINT)
 
     read, left = [], iter(lines)
@@ -444,3 +599,12 @@ def test_scripts_write_the_csv_of_the_original(tmp_path):
 def test_command_without_a_checkpoint(tmp_path):
     done = subprocess.run([sys.executable, "chat.py", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "is no checkpoint" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_command_on_several_devices(tmp_path):
+    """It says that there is no graph, and answers; --no_compile is for a GPU and harmless here"""
+    tiny_model().save_pretrained(tmp_path / "tiny", TOKENIZER.file)
+    done = subprocess.run([sys.executable, "chat.py", str(tmp_path / "tiny"), "--device", "cpu,cpu", "--max_new_tokens", "3", "--no_compile"],
+                          cwd=ROOT, capture_output=True, text=True, input=f"{PICTURES[0]} what is it?\n/undo\n")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "layers on several devices: every word is read without a CUDA graph" in done.stdout and "(taken back: what is it?)" in done.stdout

@@ -10,7 +10,7 @@ from conftest import FIXTURES, all_logits, sequence, tiny_model
 from safetensors.torch import load_file, save_file
 
 from mmca import IMAGE, TEXT, pattern
-from model import (KVCache, Llama, LlamaConfig, VisualChat, activations, add_lora, choose_device, describe, lay_out, load_llama, load_vit, make_vit,
+from model import (KVCache, Llama, LlamaConfig, VisualChat, activations, add_lora, choose_device, describe, load_llama, load_vit, make_vit,
                    plain_weights, save_weights)
 from vision import InputError, ViTConfig, read_preprocessing
 
@@ -380,38 +380,6 @@ def test_describe_foretells_the_activations(layers, pictures):
             formula -= activations(replace(model.language_model.config, num_hidden_layers=1), ids.shape[1])
             formula += ids.shape[1] * 4 * (256 + 1000)
         assert 0.9 < measured / formula < 1.1
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_laid_out_for_decoding_nothing_changes_but_the_layout(tied, threads):
-    model, before = tiny_model().language_model, torch.get_num_threads()
-    if tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    ids, config = torch.randint(3, 500, (1, 9)), model.config
-
-    def logits(*lengths):
-        chat, cache = tiny_model(), KVCache(config, 9, "cpu", torch.float32)
-        chat.language_model, start, given = model, 0, []
-        for length in lengths:
-            given.append(chat.read(ids[:, start:start + length], torch.full((1, length), TEXT), cache))
-            start += length
-        return given[-1]
-
-    def memory():
-        return sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}.values())
-    expected, values, size = logits(9), {name: p.clone() for name, p in model.named_parameters()}, memory()
-    torch.set_num_threads(threads)
-    try:
-        lay_out(model)
-        assert memory() == size and all(torch.equal(p, values[name]) for name, p in model.named_parameters())
-        assert model.model.layers[0].mlp.gate_proj.joint.data_ptr() == model.model.layers[0].mlp.gate_proj.weight.data_ptr()
-        for lengths in ((9,), (8, 1), (1,) * 9):
-            torch.testing.assert_close(logits(*lengths), expected, atol=1e-5, rtol=1e-5)
-        model.lm_head.weight.data *= 2
-        torch.testing.assert_close(logits(8, 1), logits(9), atol=1e-4, rtol=1e-4)
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_layers_on_several_devices(tmp_path):
