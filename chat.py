@@ -10,8 +10,8 @@ template (data.py).
     python chat.py out/epoch-3 --temperature 0.7 --top_p 0.9
     python chat.py out/best --script questions.json --out answers.csv
 
-Shapes: B batch, T tokens, N images, P tokens of an image, S pixels a side, D width, H heads, K key/value heads, d head
-width, L layers, V vocabulary.
+Shapes: T tokens, N images, P tokens of an image, S pixels a side, D width, H heads, K key/value heads, d head width,
+L layers, V vocabulary.
 """
 import argparse
 import csv
@@ -53,13 +53,14 @@ HELP = """Write a question. A word that is a picture file is attached to it (quo
 
 def pick(logits, temperature=0.0, top_p=1.0, generator=None):
     """The next token from its logits (V): the best for temperature 0, else drawn from the smallest set of likely tokens
-    whose probabilities sum to top_p (nucleus sampling, arXiv:1904.09751). The draw is made on the CPU, so that a seed
-    gives the same answer everywhere; the choice where the logits are: one number comes back."""
+    whose probabilities sum to top_p (nucleus sampling, arXiv:1904.09751). The draw comes from the CPU, so that a seed
+    gives the same everywhere; the choice is made where the logits are, and one number comes back."""
     if not temperature:
         return int(logits.argmax())
-    probabilities, order = (logits.float() / temperature).softmax(-1).sort(descending=True)  # (V), (V)
+    logits = (logits.float() - logits.max()) / temperature              # (V), the best is 0 however cold it is
+    probabilities, order = logits.softmax(-1).sort(descending=True, stable=True)    # (V), (V)
     before = probabilities.cumsum(0) - probabilities                    # (V)
-    kept = probabilities.masked_fill(before > top_p, 0).cumsum(0)       # (V), summed up; the first is always there
+    kept = probabilities.masked_fill(before >= top_p, 0).cumsum(0)      # (V), summed up
     draw = float(torch.rand((), generator=generator))
     return int(order.take((kept <= kept[-1] * draw).sum()))
 
@@ -81,12 +82,13 @@ class RowLinear(nn.Linear):
         return y.view(*x.shape[:-1], -1)                                    # (..., out)
 
 
-def lay_out(llama):
-    """Make each linear layer in float32 on a CPU a `RowLinear`; names and values stay, and no memory is added"""
-    # one for each core, and a power of two: those divide what models are wide
+def lay_out(model):
+    """Make each linear layer without a bias, in float32 on a CPU, a `RowLinear`; names and values stay, and no memory is
+    added. A layer whose width the parts do not divide stays as it is."""
+    # at least one for each core, and a power of two: that divides what models are wide
     parts = 1 << (torch.get_num_threads() - 1).bit_length()
-    for linear in llama.modules():
-        if type(linear) is not nn.Linear or linear.in_features % parts:
+    for linear in model.modules():
+        if type(linear) is not nn.Linear or linear.bias is not None or linear.in_features % parts:
             continue
         if linear.weight.is_cpu and linear.weight.dtype == torch.float32:
             linear.weight.data = linear.weight.data.t().contiguous().t()
@@ -116,24 +118,24 @@ class FixedLayer:
 class FixedStep:
     """`VisualChat.read` of one word, in shapes that stay the same from word to word: on a GPU one CUDA graph.
 
-    A word takes some forty small kernels a layer, and Python needs ten times as long to launch them as they run. A
-    graph launches all at once, but it does the same with the same memory each time. So what changes from word to word
-    stands in a tensor, `state`, and attention goes over a fixed part of the cache, held or not: masks that are made of
-    the state hide the rest. words, images: how many places are seen from the front and from the end of the cache."""
+    A word takes some forty small kernels a layer, and Python needs longer to launch them than they run. A graph
+    launches all at once, but it does the same with the same memory each time (and so a model stays where it is). What
+    changes from word to word stands in a tensor, `state`, and attention goes over a fixed part of the cache, held or
+    not: masks that are made of the state hide the rest. To the layers this object is the cache (`layer`).
+
+    words, images: how many places are seen from the front and from the end of the cache."""
 
     def __init__(self, model, cache, words, images, compiled=True):
         self.model, self.cache, self.compiled = model, cache, compiled
         self.words_stop, self.images_start = words, cache.size - images
-        self.state = torch.zeros(3, dtype=torch.long, device=cache.modality.device)  # token; words and image tokens held
-        self.graph = None
-        # what a mask hides is multiplied by zero, so there must be a number
-        for buffer in (*cache.keys, *cache.values):
-            buffer[:, :, cache.words:cache.size - cache.images] = 0
+        device = cache.modality.device
+        self.state = torch.zeros(3, dtype=torch.long, device=device)    # token; words and image tokens held
+        self.graph, self.on_gpu = None, device.type == "cuda"
 
     def layer(self, i, pattern):
         """What `KVCache.layer` is to `read`"""
-        place = self.state[1:2]                                         # (1)
-        return FixedLayer(self.cache.keys[i], self.cache.values[i], place, self.words_stop, self.images_start)
+        keys, values, place = self.cache.keys[i], self.cache.values[i], self.state[1:2]
+        return FixedLayer(keys, values, place, self.words_stop, self.images_start)
 
     def forward(self):
         """The word in `state` goes into the cache -> logits of the next (V)"""
@@ -142,7 +144,8 @@ class FixedStep:
         held = place[:self.words_stop] <= words                         # (words), with the new one
         shown = place[self.images_start:] >= self.cache.size - images   # (images)
         position = (words + images)[None, None]                         # (1, 1)
-        who = Pattern(self.model.attention, position, held[None, None, None], shown[None, None, None], range(1))
+        masks = held[None, None, None], shown[None, None, None]         # (1, 1, 1, words), (1, 1, 1, images)
+        who = Pattern(self.model.attention, position, *masks, range(1))
         language = self.model.language_model
         x = language.model.embed_tokens(token[None, None])              # (1, 1, D)
         x = language.model(x, who, self, self.model.cross_attention)    # (1, 1, D)
@@ -151,36 +154,44 @@ class FixedStep:
     def capture(self):
         """Note the kernels of `forward` in a graph. Layers are compiled for that moment: replaying needs no Python"""
         layers = [*self.model.language_model.model.layers, *(self.model.cross_attention or [])]
+        graph = torch.cuda.CUDAGraph()
         try:
             if self.compiled:
                 torch._dynamo.config.recompile_limit = 64  # once for each size
                 for layer in layers:
                     layer.forward = torch.compile(layer.forward, dynamic=False)
-            self.forward()  # what happens at a first call alone, compiling above all, cannot be noted
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.device(self.state.device), torch.cuda.graph(graph):
-                self.logits = self.forward()                            # (V)
+            with torch.cuda.device(self.state.device):
+                self.forward()  # what happens at a first call alone, compiling above all, cannot be noted
+                with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+                    self.logits = self.forward()                        # (V)
             self.graph = graph
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).splitlines()[0]
+            reason = " ".join(str(error).splitlines()[:2])
             raise InputError(f"a layer cannot be compiled: {reason}; --no_compile does without") from error
         finally:
-            for layer in layers:
-                vars(layer).pop("forward", None)
+            if self.compiled:
+                for layer in layers:
+                    vars(layer).pop("forward", None)
 
     @torch.inference_mode()
     def __call__(self, token):
         """The next word's id -> logits of the one after it (V), good until the next call"""
         self.cache.append(torch.tensor([[TEXT]], device=self.state.device))
         self.state.copy_(torch.tensor([token, self.cache.words, self.cache.images]))
-        if not self.state.is_cuda:
-            self.logits = self.forward()                                # (V)
-        else:
+        if self.on_gpu:
             if self.graph is None:
                 self.capture()
             self.graph.replay()
+        else:
+            self.logits = self.forward()                                # (V)
         self.cache.words += 1  # last: until here an interrupt leaves the cache as it was
         return self.logits
+
+
+def places(held, most):
+    """How many places of a cache are seen for so many that are held: 0, 512, 1024, 2048, ...; few graphs, and little
+    that is looked at for nothing"""
+    return min(most, max(512, 1 << (held - 1).bit_length())) if held else 0
 
 
 # ---- the conversation ----------------------------------------------------------------------------------------------
@@ -210,8 +221,8 @@ class Chat:
         self.known = OrderedDict()  # sha256 of a picture file -> what is kept of it, the least recently used first
         self.head = encode([], tokenizer, model.image_tokens).input_ids.tolist()  # `<s>` and the system's words
         self.fixed = self.device.type == "cuda" and not language.devices  # a graph is one device's
-        self.compiled, self.steps = compiled, {}  # (words, images) that are seen -> FixedStep
-        lay_out(model.language_model)
+        self.compiled, self.steps = compiled, {}  # places that are seen, of words and image tokens -> FixedStep
+        lay_out(model)
         self.clear()
 
     def clear(self):
@@ -259,12 +270,11 @@ class Chat:
             ids = torch.tensor([[token]], device=self.device)           # (1, 1)
             return self.model.read(ids, torch.full_like(ids, TEXT), self.cache)
 
-        # 0, 512, 1024, 2048, ... places: few graphs, and little that is looked at for nothing
-        sizes = [1 << max(9, (held - 1).bit_length()) if held else 0 for held in (self.cache.words + 1, self.cache.images)]
-        words, images = (min(size, self.cache.size) for size in sizes)
-        if (words, images) not in self.steps:
-            self.steps[words, images] = FixedStep(self.model, self.cache, words, images, self.compiled)
-        return self.steps[words, images](token)
+        cache = self.cache
+        size = places(cache.words + 1, cache.size), places(cache.images, cache.size)
+        if size not in self.steps:
+            self.steps[size] = FixedStep(self.model, cache, *size, self.compiled)
+        return self.steps[size](token)
 
     def ask(self, question, images=(), max_new_tokens=256, temperature=0.0, top_p=1.0, generator=None):
         """One round: reads question and picture files -> a generator of the answer's token ids, without the end token.
@@ -294,6 +304,8 @@ class Chat:
             held = min(held, len(self.head))
         try:
             self.cache.truncate(held)
+            if self.fixed:
+                self.cache.blank()
             self.first, self.rounds = first, [*self.rounds, Round(turn, ids, modality, pictures)]
             logits = self.read()
         except BaseException:
@@ -594,8 +606,8 @@ def main():
         "there is)")
     add("--picture_memory", type=float, default=2.0, metavar="GB", help="the most for known pictures; those of the "
         "conversation stay whatever it is (%(default)s)")
-    add("--no_compile", dest="compile", action="store_false", help="on a GPU: compute the layers as they are written "
-        "(else the first answers wait some seconds)")
+    add("--no_compile", dest="compile", action="store_false", help="on a GPU: compute the layers as they are written, "
+        "where else an answer waits some seconds when the conversation has grown")
     add("--script", type=Path, metavar="JSON", help="answer the dialogues of this file instead of a person's (none)")
     add("--out", type=Path, default=Path("answers.csv"), metavar="CSV", help="where its answers go (%(default)s)")
     args = parser.parse_args()
@@ -604,7 +616,7 @@ def main():
             raise InputError("--temperature and --picture_memory are numbers from 0, --top_p one above 0 and at most 1")
         device, dtype = choose_device(args.device)
         model = VisualChat.from_pretrained(args.checkpoint, dtype, device)
-        if len(device) > 1:
+        if len(device) > 1 and device[0].type == "cuda":
             print("layers on several devices: every word is read without a CUDA graph, which is slower")
         tokenizer = Tokenizer(args.checkpoint / "language_model" / "tokenizer.model")
         chat = Chat(model, tokenizer, args.picture_memory * 1e9, args.compile)

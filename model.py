@@ -225,7 +225,7 @@ class LlamaModel(nn.Module):
             store = None if cache is None else cache.layer(i, pattern)
             if cross_attention is not None:
                 x = apply(cross_attention[i], x, features, pattern, store, again=self.gradient_checkpointing)
-            # behind the last keys and values nobody needs an image token
+            # behind the last keys and values nobody needs an image token; where none is there, None: the same graph
             rows = pattern.n if layer is self.layers[-1] and x.shape[1] > pattern.n else None
             x = apply(layer, x, cos, sin, pattern, store, rows, again=self.gradient_checkpointing)
         return self.norm(x)                                                 # (B, n, D)
@@ -335,6 +335,12 @@ class KVCache:
         """Hold the first `length` tokens only"""
         images = int((self.modality[:, :length] == IMAGE).sum()) if self.images else 0
         self.words, self.images = length - images, images
+
+    @torch.inference_mode()
+    def blank(self):
+        """Zero what holds nothing. Where a mask hides it, it is multiplied by zero, and so it has to be a number"""
+        for buffer in (*self.keys, *self.values):
+            buffer[:, :, self.words:self.size - self.images] = 0
 
     def layer(self, i, pattern):
         """The part of layer i in the pass of a pattern, as `attend` and `CrossAttention` use it"""
