@@ -436,7 +436,6 @@ def test_layers_are_compiled_for_the_capture_alone(monkeypatch, graphs):
         assert dynamic is False, "a mask whose size is not known is not aligned"
         return lambda *inputs: failure() if failure else forward(*inputs)
     monkeypatch.setattr(torch, "compile", compile)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     talk = Chat(model, TOKENIZER)
     list(talk.ask("What is this?", PICTURES[:2], 4))
 
@@ -445,13 +444,15 @@ def test_layers_are_compiled_for_the_capture_alone(monkeypatch, graphs):
 
     def fail():
         raise torch._dynamo.exc.InternalTorchDynamoError("inductor raised\nno compiler\nsomewhere")
-    for failure, error, words in ((interrupt, KeyboardInterrupt, ""), (None, None, ""),
-                                  (fail, InputError, "compiled: inductor raised no compiler; --no_compile does without")):
-        step = FixedStep(model, talk.cache, 512, 512)
-        with pytest.raises(error, match=words or None) if error else torch.inference_mode():
-            step.capture()
-        assert (step.graph is None) == bool(error) and not any("forward" in vars(layer) for layer in layers)
-    assert len(compiled) == 3 * len(layers) and torch._dynamo.config.recompile_limit > 4 * 5, "sizes in a context of 4096"
+    with torch._dynamo.config.patch(recompile_limit=8):  # as it is, and will be again
+        for failure, error, words in ((interrupt, KeyboardInterrupt, ""), (None, None, ""),
+                                      (fail, InputError, "compiled: inductor raised no compiler; --no_compile does without")):
+            step = FixedStep(model, talk.cache, 512, 512)
+            with pytest.raises(error, match=words or None) if error else torch.inference_mode():
+                step.capture()
+            assert (step.graph is None) == bool(error) and not any("forward" in vars(layer) for layer in layers)
+        assert torch._dynamo.config.recompile_limit > 4 * 5, "sizes in a context of 4096"
+    assert len(compiled) == 3 * len(layers)
     FixedStep(model, talk.cache, 512, 512, compiled=False).capture()
     assert len(compiled) == 3 * len(layers)
 
