@@ -617,7 +617,7 @@ def test_random_rounds_never_end_it_and_the_cache_stays_right(seed, fixed, monke
     lines, stop, parent = [line().replace("\n", "") for _ in range(rounds)], threading.Event(), os.getpid()
 
     def interrupts():
-        while not stop.wait(random.Random().expovariate(90)):
+        while not stop.wait(random.Random().expovariate(60)):
             os.kill(parent, signal.SIGINT)
 
     read, left = [], iter(lines)
