@@ -343,8 +343,7 @@ def bench_chat(args):
     """Ten rounds, known pictures, decoding, memory"""
     wait, on_gpu = partial(synchronize, args.device), torch.device(args.device).type != "cpu"
     model, tokenizer = chat_model(args.device)
-    language, config = model.language_model, model.language_model.config
-    size = sum(p.numel() for p in language.parameters()) / 1e6
+    size = sum(p.numel() for p in model.language_model.parameters()) / 1e6
     print(f"\na LLaMA of {size:.0f}M parameters, ViT-L/14 (257 tokens a picture), random weights, MMCA; answers of 24 tokens")
     spent = stopwatch(model, ["encode_images", "read_picture", "read"], wait)
 
@@ -409,9 +408,11 @@ def bench_decoding(args, model, talk):
         began = time.perf_counter()
         ours(talk, 2)
         print(f"\nthe first two tokens, layers compiled and noted in a graph on the way: {time.perf_counter() - began:.2f} s")
-        runs["chat --no_compile"] = partial(ours, Chat(model, talk.tokenizer, compiled=False))
-        runs["chat without a graph"] = partial(ours, Chat(model, talk.tokenizer))
-        runs["chat without a graph"].args[0].fixed = False
+        others = {"chat --no_compile": Chat(model, talk.tokenizer, compiled=False), "chat without a graph": Chat(model, talk.tokenizer)}
+        others["chat without a graph"].fixed = False
+        for label, chat in others.items():
+            chat.cache.blank()  # as `ask` does
+            runs[label] = partial(ours, chat)
     if find_spec("transformers"):
         from transformers import LlamaConfig as TheirConfig
         from transformers import LlamaForCausalLM
