@@ -225,7 +225,7 @@ class LlamaModel(nn.Module):
             store = None if cache is None else cache.layer(i, pattern)
             if cross_attention is not None:
                 x = apply(cross_attention[i], x, features, pattern, store, again=self.gradient_checkpointing)
-            # behind the last keys and values nobody needs an image token; without one, None: the last layer is as the others
+            # behind the last keys and values nobody needs an image token; without one the last layer is as the others
             rows = pattern.n if layer is self.layers[-1] and x.shape[1] > pattern.n else None
             x = apply(layer, x, cos, sin, pattern, store, rows, again=self.gradient_checkpointing)
         return self.norm(x)                                                 # (B, n, D)
