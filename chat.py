@@ -24,6 +24,7 @@ import shlex
 import signal
 import sys
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from glob import escape, glob
 from pathlib import Path
@@ -38,10 +39,10 @@ from tqdm import tqdm
 from data import Tokenizer, Turn, encode, printable
 from mmca import IMAGE, TEXT, Pattern, softmax
 from model import KVCache, VisualChat, choose_device
-from vision import InputError, ViT, load_image, positive, preprocess, read_json
+from vision import InputError, ViT, load_image, number, positive, preprocess, read_json, reason_of
 
 DEFAULT = Path("out/best")
-HELP = """Write a question. A word that is a picture file is attached to it (quote a path with blanks).
+HELP = """Write a question. A picture file that it names is attached to it.
   /image a.jpg "b c.png"   attach pictures to the next question; alone: no pictures
   /look                    where the last answer looked, drawn over each picture (MMCA)
   /undo                    take the last round back
@@ -166,8 +167,7 @@ class FixedStep:
                     self.logits = self.forward()                        # (V)
             self.graph = graph
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = " ".join(str(error).splitlines()[:2])
-            raise InputError(f"a layer cannot be compiled: {reason}; --no_compile does without") from error
+            raise InputError(f"a layer cannot be compiled: {reason_of(error)}; --no_compile does without") from error
         finally:
             if self.compiled:
                 for layer in layers:
@@ -235,11 +235,8 @@ class Chat:
         known the least recently used are forgotten first."""
         if not Path(path).is_file():  # a device would never end
             raise InputError(f"picture {path} cannot be read: no such file")
-        try:
-            with open(path, "rb") as file:
-                key = hashlib.file_digest(file, "sha256").digest()
-        except OSError as error:
-            raise InputError(f"picture {path} cannot be read: {error.strerror}") from error
+        with open(path, "rb") as file:
+            key = hashlib.file_digest(file, "sha256").digest()
         if key not in self.known:
             pixels = preprocess(load_image(path), self.model.preprocessing).to(self.device)  # (3, S, S)
             with torch.inference_mode():
@@ -419,26 +416,36 @@ def stream(tokens, tokenizer):
 
 
 def attachments(line):
-    """A line -> (the pictures that words of it name, the line without them). A word may be quoted, hold "\\ " or be a
-    file:// address."""
-    endings, pictures = Image.registered_extensions(), []
-
-    def take(match):
-        word = match[0]
-        path = word[1:-1] if word[0] in "\"'" else re.sub(r"\\(.)", r"\1", word)
-        if path.startswith("file://"):
-            path = unquote(re.sub("^file://[^/]*", "", path))
-        if os.path.splitext(path)[1].lower() not in endings:
-            return word
-        path = os.path.expanduser(path)
-        if not os.path.isfile(path):
-            print(printable(f"(no picture {path}: taken as a word)"))
-            return word
-        pictures.append(path)
-        return ""
-
-    rest = re.sub(r"""(?<!\S)(?:"[^"]+"|'[^']+'|(?:\\.|[^\s\\])+)(?!\S)""", take, line)
-    return pictures, " ".join(rest.split()) if pictures else rest.strip()
+    """A line -> (the pictures that it names, the line without them). A name may stand in quotes, in brackets or before a
+    mark, hold blanks and marks of its own, "\\ " among them, or be a file:// address."""
+    endings, pictures, rest, start = Image.registered_extensions(), [], "", 0
+    marks = [*re.finditer(r"[^\w/\\~.:+#%&@=$^-]|[.:]+(?![\w/.:])", line), re.search(r"\Z", line)]
+    while marks:
+        for mark in reversed(marks[:16]):  # the longest name counts; else what stands before the next mark is a word
+            path = re.sub(r"\\(.)", r"\1", line[start:mark.start()])
+            if path.startswith("file://"):
+                path = unquote(re.sub("^file://[^/]*", "", path))
+            path = os.path.expanduser(path)
+            found = os.path.isfile(path)
+            if found:
+                break
+        ending = os.path.splitext(path)[1].lower()
+        opens = found and ending in endings
+        if found and not opens:
+            with suppress(InputError):
+                opens = bool(load_image(path))
+        if opens:
+            pictures.append(path)
+        else:
+            rest += line[start:mark.start()]
+            if found or ending in (*endings, ".heic", ".heif"):
+                print(printable(f"(no picture {path} that can be opened: taken as a word)"))
+        rest += mark[0]
+        start = mark.end()
+        del marks[:marks.index(mark) + 1]
+    if not pictures:
+        return pictures, line.strip()
+    return pictures, " ".join(re.sub(r"""([("'`\[{<“‘«])[)"'`\]}>”’»]""", "", rest).split())
 
 
 def completions(line, start):
@@ -560,7 +567,7 @@ def write_whole(file, text):
         os.replace(unfinished, file)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        raise InputError(f"{file} cannot be written: {error.strerror}") from error
+        raise InputError(f"{file} cannot be written: {reason_of(error)}") from error
 
 
 def run_script(chat, script, out, args):
@@ -599,12 +606,12 @@ def main():
     add = parser.add_argument
     add("checkpoint", nargs="?", type=Path, default=DEFAULT, help="a folder that train.py wrote (%(default)s)")
     add("--max_new_tokens", type=positive, default=256, help="the longest answer (%(default)s)")
-    add("--temperature", type=float, default=0.0, help="0 always takes the most likely token (%(default)s)")
+    add("--temperature", type=number(float, 0), default=0.0, help="0 always takes the most likely token (%(default)s)")
     add("--top_p", type=float, default=1.0, help="draw from the likeliest tokens that sum to this (%(default)s)")
     add("--seed", type=int, default=1234, help="of the draws (%(default)s)")
     add("--device", help="cpu, cuda:0, ... or several with commas between, over which the layers are spread (the best "
         "there is)")
-    add("--picture_memory", type=float, default=2.0, metavar="GB", help="the most for known pictures; those of the "
+    add("--picture_memory", type=number(float, 0), default=2.0, metavar="GB", help="the most for known pictures; those of the "
         "conversation stay whatever it is (%(default)s)")
     add("--no_compile", dest="compile", action="store_false", help="on a GPU: compute the layers as they are written, "
         "where else an answer waits some seconds when the conversation has grown")
@@ -612,8 +619,8 @@ def main():
     add("--out", type=Path, default=Path("answers.csv"), metavar="CSV", help="where its answers go (%(default)s)")
     args = parser.parse_args()
     try:
-        if not (0 <= args.temperature < float("inf") and 0 < args.top_p <= 1 and args.picture_memory >= 0):
-            raise InputError("--temperature and --picture_memory are numbers from 0, --top_p one above 0 and at most 1")
+        if not 0 < args.top_p <= 1:
+            raise InputError("--top_p is a number above 0 and at most 1")
         device, dtype = choose_device(args.device)
         model = VisualChat.from_pretrained(args.checkpoint, dtype, device)
         if len(device) > 1 and device[0].type == "cuda":
@@ -628,13 +635,13 @@ def main():
             if sys.stdin.isatty():
                 start_readline()
             repl(chat, args, sorted(Path("demo/samples").glob("*.jpg")) if args.checkpoint == DEFAULT else [])
-    except InputError as error:
-        print(printable(f"chat.py: {error}"), file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("\nchat.py: stopped")
     except BrokenPipeError:  # who read the answers has gone; what is still buffered is for nobody
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (InputError, OSError) as error:
+        print(printable(f"chat.py: {error}"), file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from mmca import IMAGE, PAD, TEXT
-from vision import InputError, image_tokens, load_image, positive, preprocess, read_json, read_vit_config
+from vision import (InputError, image_tokens, load_image, positive, preprocess, read_config, read_json,
+                    read_vit_config, reason_of)
 
 SYSTEM = "You are a powerful vision-language assistant."
 
@@ -65,7 +66,7 @@ class Tokenizer:
 
     def encode(self, text):
         """text -> list of ids; `<s>`, `</s>` and `<image>` in it are ordinary characters"""
-        return self.model.encode(text.encode("utf-8", "replace").decode())  # a terminal can send half a character
+        return self.model.encode(_whole(text))
 
     def decode(self, ids):
         """list of ids -> text"""
@@ -76,22 +77,25 @@ class Tokenizer:
         """Learn a vocabulary of at most `size` pieces, in LLaMA-2's style, from conversations, and write it to file."""
         text = {SYSTEM, "\n\n### Question:", "\n### Question:", "\n### Answer:"}
         text |= {f"{lines}### Image {n}:" for n in range(1, 9) for lines in ("\n\n", "\n")}
-        text |= {_quote(t) for turns in conversations for turn in turns for t in (turn.question, turn.answer) if t}
+        text |= {_whole(_quote(t)) for turns in conversations for turn in turns for t in (turn.question, turn.answer) if t}
         model = io.BytesIO()
-        learn = partial(sentencepiece.SentencePieceTrainer.train, model_writer=model, model_type="bpe",
-                        byte_fallback=True, split_digits=True, normalization_rule_name="identity",
-                        remove_extra_whitespaces=False, max_sentence_length=100_000, input_sentence_size=500_000,
-                        minloglevel=2)
         try:
-            learn(sentence_iterator=iter(sorted(text)), vocab_size=size)
-        except RuntimeError as error:  # what it says when the text holds too little for the size asked for
-            fits = re.search(r"smaller value than (\d+)|<= (\d+)", str(error))
-            if not fits:
-                reason = str(error).splitlines()[-1]
-                raise InputError(f"no tokenizer can be learned from this data: {reason}") from error
-            learn(sentence_iterator=iter(sorted(text)), vocab_size=int(fits[1] or fits[2]))
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(sorted(text)), model_writer=model, model_type="bpe", vocab_size=size,
+                hard_vocab_limit=False, byte_fallback=True, split_digits=True, normalization_rule_name="identity",
+                remove_extra_whitespaces=False, max_sentence_length=100_000, input_sentence_size=500_000, minloglevel=2)
+        except RuntimeError as error:
+            least = re.search(r"required_chars. \d+ vs (\d+)", str(error))
+            reason = f"its characters take {least[1]}" if least else reason_of(error)
+            raise InputError(f"no tokenizer can be learned from this data with vocab_size {size}, as the language model's "
+                             f"config.json has it: {reason}") from error
         Path(file).write_bytes(model.getvalue())
         return cls(file)
+
+
+def _whole(text):
+    """Text without halves of characters, which JSON can hold and a terminal can send"""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _quote(text):
@@ -224,28 +228,34 @@ def _clean(text, marker="<image>"):
 
 
 def _llava(folder, *names):
-    """LLaVA's files -> for each of their records its picture and its rounds."""
+    """LLaVA's files -> for each of their records its picture, if it has one, and its rounds, or "id: why" if it is left
+    out. The picture stands at the text's markers, without one before the first question."""
     pictures = _pictures(folder / "coco/train2017", COCO)
-    shape = [{"image": str, "conversations": [{"from": str, "value": str}]}]
-    for file in (folder / "llava" / name for name in names):
-        for index, record in enumerate(_read(file, LLAVA, shape)):
-            said, picture = record["conversations"], f"{pictures}/{record['image']}"
-            if any(message["from"] != ("human", "gpt")[n % 2] for n, message in enumerate(said)):
-                raise InputError(f"{file}[{index}]: human and gpt should take turns")
-            yield picture, [Turn(_clean(q["value"]), a["value"], [picture] if "<image>" in q["value"] else [])
-                            for q, a in zip(said[::2], said[1::2])]
+    shape = [{"image?": str, "conversations": [{"from": str, "value": str}]}]
+    for name in names:
+        for index, record in enumerate(_read(folder / "llava" / name, LLAVA, shape)):
+            said, picture = record["conversations"], "image" in record and f"{pictures}/{record['image']}"
+            rounds = [Turn(_clean(q["value"]), a["value"], [picture] if "<image>" in q["value"] else [])
+                      for q, a in zip(said[::2], said[1::2])]
+            shown = any(turn.images for turn in rounds)
+            if not rounds or any(message["from"] != ("human", "gpt")[n % 2] for n, message in enumerate(said)):
+                yield picture, f"{name}[{index}]: human and gpt do not take turns"
+            elif shown and not picture:
+                yield picture, f"{name}[{index}]: a marker and no picture"
+            else:
+                yield picture, rounds if shown or not picture else _shown_first([picture], rounds)
 
 
 def llava(folder, out):
     """LLaVA's detailed descriptions and complex reasoning: one picture, one round."""
     for _, rounds in _llava(folder, "detail_23k.json", "complex_reasoning_77k.json"):
-        yield partial(_one_of, [rounds[:1]])
+        yield rounds if isinstance(rounds, str) else partial(_one_of, [rounds[:1]])
 
 
 def llava_dial(folder, out):
     """LLaVA's conversations: one picture, several rounds."""
     for _, rounds in _llava(folder, "conversation_58k.json"):
-        yield partial(_one_of, [rounds])
+        yield rounds if isinstance(rounds, str) else partial(_one_of, [rounds])
 
 
 def minigpt4(folder, out):
@@ -426,7 +436,9 @@ def llava_otter_blend(folder, out):
     """CGD's pairs, each after what LLaVA says about its pictures; a pair needs it for all pictures but the last."""
     about, coco = defaultdict(list), _pictures(folder / "coco/train2017", COCO)
     for picture, rounds in _llava(folder, "detail_23k.json", "complex_reasoning_77k.json", "conversation_58k.json"):
-        if rounds:
+        if isinstance(rounds, str):
+            yield rounds
+        elif picture:
             about[picture].append(rounds)
 
     def choose(ids):
@@ -439,8 +451,10 @@ def llava_otter_blend(folder, out):
 def own(file, folder, out):
     """Your own conversations: a JSON list of lists of {"images": [...], "question": "...", "answer": "..."}, one object
     for each round; paths of pictures are relative to the file."""
-    file = Path(file)
-    for rounds in _read(file, None, [[{"question": str, "answer": str, "images?": [str]}]]):
+    file, known = Path(file), {"images", "question", "answer"}
+    for index, rounds in enumerate(_read(file, None, [[{"question": str, "answer": str, "images?": [str]}]])):
+        if unknown := set().union(*rounds) - known:
+            raise InputError(f"{file}[{index}]: field {min(unknown)!r} is not known, only {', '.join(sorted(known))}")
         yield partial(_one_of, [[Turn(r["question"], r["answer"], [str(file.parent / i) for i in r.get("images", [])])
                                  for r in rounds]])
 
@@ -637,10 +651,20 @@ def arguments(description):
     return parser, add
 
 
+def limit_length(args):
+    """--max_length is at most the number of positions of the language model: beyond, it has learned nothing"""
+    file = args.language_model / "config.json"
+    positions = read_config(file).get("max_position_embeddings", 2048) if file.exists() else args.max_length
+    if positions < args.max_length:
+        if not int(os.environ.get("RANK", 0)):
+            print(f"--max_length {args.max_length} is more than the language model's positions: {positions} is taken")
+        args.max_length = positions
+
+
 def printable(text):
     """Text without the control characters that a terminal would obey, and without halves of characters"""
     orders = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069"  # the last ones turn lines around
-    return re.sub(f"[{orders}]", "", text.encode("utf-8", "replace").decode())
+    return re.sub(f"[{orders}]", "", _whole(text))
 
 
 def render(example, tokenizer, colour=True):
@@ -672,6 +696,7 @@ def contact_sheet(samples, side=160):
 
 def show(args):
     """Print samples of the first epoch, write the sheet of their pictures; then count all samples, set by set"""
+    limit_length(args)
     sets, tokenizer = read_datasets(args), Tokenizer(args.language_model / "tokenizer.model")
     tokens = image_tokens(args.projection, read_vit_config(args.vision_model, class_token=args.class_token))
     tokenize = partial(encode, tokenizer=tokenizer, image_tokens=tokens, max_length=args.max_length,

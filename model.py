@@ -16,8 +16,9 @@ import os
 import pickle
 import shutil
 import sys
+import zipfile
 from collections import Counter, OrderedDict
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,11 +26,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from mmca import IMAGE, TEXT, attend, image_term, pattern
 from vision import (InputError, QwenConfig, QwenViT, Resampler, ViT, ViTConfig, ViTLayer, apply, image_tokens,
-                    make_config, positive, read_json, read_preprocessing, read_section, read_vit_config)
+                    make_config, positive, read_config, read_json, read_preprocessing, read_section,
+                    read_vit_config, reason_of)
 
 
 def choose_device(device=None, dtype=None):
@@ -42,7 +44,7 @@ def choose_device(device=None, dtype=None):
         try:
             devices.append(torch.empty(1, device=name).device)
         except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
-            raise InputError(f"device {name}: {str(error).splitlines()[0]}") from error
+            raise InputError(f"device {name}: {reason_of(error)}") from error
     kinds, reason = {device.type for device in devices}, "as asked"
     if dtype is None and kinds == {"cpu"}:
         dtype, reason = "float32", "the exact format of a CPU"
@@ -75,22 +77,21 @@ class LlamaConfig:
     def read(cls, folder):
         """From config.json as transformers 4 and 5 write it. What this file does not compute is refused by name."""
         file = Path(folder) / "config.json"
-        config = read_json(file)
+        config = read_config(file)
         rope = {**read_section(config, "rope_scaling"), **read_section(config, "rope_parameters")}
-        if config.get("model_type", "llama") != "llama":
-            raise InputError(f"{file}: model_type {config['model_type']!r} is not supported, only 'llama'")
-        plain = {"attention_bias": (None, False), "mlp_bias": (None, False), "hidden_act": (None, "silu"),
-                 "sliding_window": (None,), "partial_rotary_factor": (None, 1, 1.0)}
-        strange = [f"{name} = {config[name]!r}" for name, known in plain.items() if config.get(name) not in known]
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            strange.append(f"rope scaling {rope.get('rope_type', rope.get('type'))!r}")
+        rope.setdefault("rope_type", rope.get("type", "default" if rope.keys() <= {"rope_theta"} else "missing"))
+        config |= rope
+        computed = {"model_type": ["llama"], "attention_bias": [False], "mlp_bias": [False], "sliding_window": [],
+                    "hidden_act": ["silu", "swish"], "partial_rotary_factor": [1], "rope_type": ["default"]}
+        strange = [f"{name} = {config[name]!r}" for name in computed 
+                   if config.get(name) not in [None, *computed[name]]]
         if strange:
             raise InputError(f"{file}: not supported by this LLaMA-2: {', '.join(strange)}")
-        config = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, **config, **rope}  # defaults of transformers
-        heads, width = config.get("num_attention_heads"), config.get("hidden_size")
-        whole = isinstance(heads, int) and isinstance(width, int) and heads > 0
-        config["head_dim"] = config.get("head_dim") or (width // heads if whole else 0)
-        config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
+        # what transformers leaves out
+        with suppress(KeyError, TypeError, ZeroDivisionError):
+            config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+        config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
+        config = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "head_dim": 0, **config}
         return make_config(cls, "a LLaMA", file, config)
 
 
@@ -591,7 +592,7 @@ class VisualChat(nn.Module):
                 shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             shutil.rmtree(work, ignore_errors=True)
-            raise InputError(f"{folder} cannot be written: {error.strerror or error}") from error
+            raise InputError(f"{folder} cannot be written: {reason_of(error)}") from error
 
 
 # ---- weights in and out --------------------------------------------------------------------------------------------
@@ -756,9 +757,10 @@ def _tensors(file):
     """(name, shape, function that reads it) of each tensor of a .safetensors or, running no code in it, a .bin file."""
     try:
         if file.suffix == ".bin":
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            mapped = zipfile.is_zipfile(file)  # torch's format since version 1.6
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
             if not (isinstance(content, dict) and all(isinstance(t, torch.Tensor) for t in content.values())):
-                raise InputError(f"weights {file} hold something else than named tensors")
+                raise TypeError("something else than named tensors is in them")
             yield from ((name, tensor.shape, lambda tensor=tensor: tensor) for name, tensor in content.items())
         else:
             with safe_open(file, "pt") as content:
@@ -767,8 +769,8 @@ def _tensors(file):
                     yield name, shape, lambda name=name: content.get_tensor(name)
     except pickle.UnpicklingError as error:
         raise InputError(f"weights {file} hold more than tensors and are not opened: code in them could run") from error
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise InputError(f"weights {file} cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of a damaged file anything
+        raise InputError(f"weights {file} cannot be read: {reason_of(error)}") from error
 
 
 def is_main():

@@ -15,10 +15,10 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
-import pickle
 import shutil
-import socket
+import signal
 import subprocess
 import sys
 import time
@@ -32,11 +32,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import (Epoch, Samples, Tokenizer, Turn, arguments, collate, encode, hold_out, printable, read_datasets)
+from data import (Epoch, Samples, Tokenizer, Turn, arguments, collate, encode, hold_out, limit_length, printable,
+                  read_datasets)
 from mmca import pattern
 from model import (Llama, LlamaConfig, VisualChat, add_lora, choose_device, has_weights, is_main, load_llama, load_vit,
                    make_vit, size_of, vit_sizes, write_json)
-from vision import InputError, number, positive, read_json, read_preprocessing, read_section
+from vision import InputError, number, positive, read_config, read_json, read_preprocessing, read_section, reason_of
 
 
 BROKEN = 0.01  # share of an epoch's samples that may have a missing or broken picture before the run stops
@@ -90,26 +91,18 @@ def command_line():
 
 
 def start_distributed(device):
-    """DeepSpeed's process group, without a launcher a group of one -> the module deepspeed, this process's device.
-
-    On a CPU DeepSpeed compiles one small operation."""
+    """DeepSpeed's process group, without a launcher a group of one -> the module deepspeed, this process's device"""
     if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
-                              MASTER_PORT=str(free.getsockname()[1]))
-    if device.type == "cpu":
-        os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # ninja of an environment not activated
-        missing = [tool for tool in (os.environ.get("CXX", "g++"), "ninja") if not shutil.which(tool)]
-        if missing:
-            raise InputError(f"DeepSpeed compiles its communication on a CPU and needs {' and '.join(missing)}: "
-                             "install a C++ compiler (on Debian: apt-get install g++) and ninja (pip install ninja)")
-        if "OMP_NUM_THREADS" not in os.environ:
-            processes = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        processes = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # between DeepSpeed and torch
     import deepspeed
     deepspeed.utils.logger.setLevel("WARNING")
+    # on a CPU it would compile an operation that serves inference alone: a compiler, half a minute, and a start that
+    # is killed meanwhile leaves a lock on which every later one waits
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device.type != "cpu":
         device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
         torch.accelerator.set_device_index(device.index)
@@ -139,14 +132,24 @@ def earlier_run(out):
     return [p for p in out.glob("*") if p.name in ("log.jsonl", "best") or p.name.startswith(("epoch-", "resume-"))]
 
 
+def saved_states(out):
+    """The folders of the states in a run's folder, the last one last"""
+    return sorted(out.glob("resume-*"), key=lambda path: int(path.name.partition("-")[2]))
+
+
+def what_stays(out):
+    """What is left of a run that stops, as the end of a sentence"""
+    states = saved_states(out)
+    return f"--resume goes on from step {states[-1].name.partition('-')[2]}" if states else "no state was saved"
+
+
 def check_out(args):
     """Make the folder of the run; refuse to replace a run unless asked, and never one that this run reads from. With
     --resume -> the folder of the last state of an unfinished run and the content of its run.json; else None"""
     if args.resume and args.overwrite:
         raise InputError("--resume continues a run and --overwrite replaces it: choose one")
     args.out.mkdir(parents=True, exist_ok=True)
-    states = sorted(args.out.glob("resume-*"), key=lambda path: int(path.name.partition("-")[2]))
-    if args.resume and states:
+    if args.resume and (states := saved_states(args.out)):
         return states[-1], read_json(states[-1] / "run.json")
     if args.resume and list(args.out.glob("epoch-*")):
         raise InputError(f"--resume: the run in {args.out} is finished; --overwrite begins a new one")
@@ -212,7 +215,7 @@ def check_state(folder, run, now):
 
 def save_state(engine, out, run):
     """DeepSpeed's checkpoint of this moment without the frozen weights, and run.json -> OUT/resume-STEP; one is kept"""
-    work, old = out / f".resume-{run.step}.unfinished", list(out.glob("resume-*"))
+    work, old = out / f".resume-{run.step}.unfinished", saved_states(out)
     try:
         engine.save_checkpoint(work, "state", save_latest=False, exclude_frozen_parameters=True)
         if is_main():  # save_checkpoint ended with a barrier: every process has written its part
@@ -222,8 +225,8 @@ def save_state(engine, out, run):
                 remove(folder)
     except (OSError, RuntimeError) as error:  # torch says RuntimeError when a disk is full
         shutil.rmtree(work, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or f"{error} (is the disk full?)"
-        raise InputError(f"the state of step {run.step} cannot be written to {out}: {reason}") from error
+        raise InputError(f"the state of step {run.step} cannot be written to {out} (is the disk full?): "
+                         f"{reason_of(error)}") from error
 
 
 def remove(folder):
@@ -236,14 +239,13 @@ def load_state(engine, out, run):
     folder, log = out / f"resume-{run.step}", out / "log.jsonl"
     try:
         path, _ = engine.load_checkpoint(folder, "state", load_module_strict=False)
-    except (OSError, RuntimeError, EOFError, LookupError, AssertionError, pickle.UnpicklingError) as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise InputError(f"{folder} cannot be read: {reason}; begin anew with --overwrite") from error
+    except Exception as error:  # of a damaged file anything
+        raise InputError(f"{folder} cannot be read: {reason_of(error)}; begin anew with --overwrite") from error
     if path is None:
         raise InputError(f"{folder} is not whole; begin anew with --overwrite")
     if is_main():  # the log is cut back to this step
         lines = log.read_text().splitlines(keepends=True)
-        steps = [n for n, line in enumerate(lines) if f'"step": {run.step}, ' in line and '"loss"' in line]
+        steps = [n for n, line in enumerate(lines) if f'"step": {run.step}, ' in line and '"seconds"' in line]
         (out / ".log.unfinished").write_text("".join(lines[:steps[0] + 1] if steps else lines))
         (out / ".log.unfinished").replace(log)
 
@@ -266,14 +268,31 @@ def engine_settings(args, dtype, accumulation):
                                                   "torch_adam": True}},
         "bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
     if args.deepspeed_config:
-        given = read_json(args.deepspeed_config)
+        given = read_config(args.deepspeed_config)
         flags = {"train_batch_size": "batch_size", "gradient_accumulation_steps": "batch_size", "enabled": "dtype",
-                 "train_micro_batch_size_per_gpu": "micro_batch_size", "stage": "zero_stage"}
-        for section in (given, *(read_section(given, name) for name in ("zero_optimization", "bf16", "fp16"))):
-            for name in flags.keys() & section.keys():
-                raise InputError(f"{args.deepspeed_config}: {name} is set by --{flags[name]}, take it out of the file")
+                 "train_micro_batch_size_per_gpu": "micro_batch_size", "stage": "zero_stage", "lr": "learning_rate",
+                 "scheduler": "warmup", "activation_checkpointing": "gradient_checkpointing"}
+        names, section = ("zero_optimization", "bf16", "fp16", "optimizer"), partial(read_section, file=args.deepspeed_config)
+        parts = [section(given, name) for name in names]
+        for part in (given, *parts, section(parts[-1], "params")):
+            for name, value in part.items():
+                if name in flags:
+                    raise InputError(f"{args.deepspeed_config}: {name} is set by --{flags[name]}, take it out of the file")
+                if value == "auto":
+                    raise InputError(f"{args.deepspeed_config}: {name} is {value!r}, and nobody here fills it in")
         settings = merge(settings, given)
     return settings
+
+
+@contextmanager
+def blame(file):
+    """What DeepSpeed raises about the settings in a file is an InputError that names it"""
+    try:
+        yield
+    except Exception as error:
+        if not file or "allocate" in str(error):  # there was no file, or no memory
+            raise
+        raise InputError(f"{file}: {reason_of(error)}") from error
 
 
 @contextmanager
@@ -399,7 +418,8 @@ def batches(conversations, model, tokenizer, args, done=0):
     sampler = micro_batches(conversations, args, dist.get_rank(), dist.get_world_size(), done)
     return iter(torch.utils.data.DataLoader(samples, batch_sampler=sampler, num_workers=args.workers,
                                             collate_fn=partial(finish_batch, dummy=dummy, attention=model.attention),
-                                            multiprocessing_context="fork" if args.workers else None))  # shares Packed
+                                            multiprocessing_context="fork" if args.workers else None,  # shares Packed
+                                            timeout=600 if args.workers else 0))
 
 
 def next_step(loader, accumulation, device):
@@ -449,8 +469,8 @@ def split_data(args):
     return sets, training, held_sets, rest
 
 
-def train(args):
-    """The whole of it"""
+def train(args, run):
+    """The whole of it. run: where it stands, which a state keeps in its run.json"""
     # what is asked for
     (device,), dtype = choose_device(None, args.dtype)
     if device.type == "cpu" and dtype == torch.float16:
@@ -468,9 +488,12 @@ def train(args):
         raise InputError("--trainable all trains every weight: --lora_rank, --vision_lora_rank and --save_trained_only "
                          "are for frozen ones")
     settings = engine_settings(args, dtype, accumulation)
+    spread = partial(deepspeed.zero.Init, config_dict_or_path=settings) if args.zero_stage == 3 else nullcontext
+    with blame(args.deepspeed_config):
+        spread()  # looks at the settings, before anything is read
     found = [together(lambda: check_out(args), everywhere=False)]
     dist.broadcast_object_list(found)
-    folder, run = found[0] or (None, {"step": 0, "epoch": 0, "best": math.inf, "rounds_left_out": 0, "broken": []})
+    folder, state = found[0] or (None, {"step": 0, "epoch": 0, "best": math.inf, "rounds_left_out": 0, "broken": []})
 
     # data
     together(lambda: draw_demo(args), everywhere=False)
@@ -485,23 +508,29 @@ def train(args):
         if len(lost) > BROKEN * count:
             raise InputError(f"{len(lost)} of {count} samples lack a picture, more than {BROKEN:.0%}: "
                              f"{', '.join(lost[:5])}")
-    total = sum(math.ceil(len(samples) / args.batch_size) for samples in epochs)
-    total = min(total, args.max_steps or total)
+    ends = list(itertools.accumulate(math.ceil(len(samples) / args.batch_size) for samples in epochs))  # in steps
+    total = min(ends[-1], args.max_steps or ends[-1])
 
     # model
-    spread = partial(deepspeed.zero.Init, config_dict_or_path=settings) if args.zero_stage == 3 else nullcontext
     model, tokenizer = make_model(args, epochs[0], device, dtype, spread)
+    limit_length(args)
+    if all(encode(talk, tokenizer, model.image_tokens, None, args.max_length, args.max_images).left_out == len(talk)
+           for talk in epochs[0]):
+        raise InputError(f"nothing is left to train on: of {len(epochs[0])} samples none has a round that fits into "
+                         f"--max_length {args.max_length} and --max_images {args.max_images}")
     now = identity(args, sets, held_sets, model)
     if folder:
-        check_state(folder, run, now)
-    run, begun = argparse.Namespace(**run | {"identity": now}), run["step"]  # run: what a state keeps, in run.json
+        check_state(folder, state, now)
+    vars(run).update(state | {"identity": now})
+    begun = run.step
     together(lambda: clear_out(args.out, folder), everywhere=False)
     embedding, words = model.language_model.model.embed_tokens.weight, args.embedding_learning_rate
-    groups = [{"params": [p for p in model.parameters() if p.requires_grad and p is not embedding]},
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p is not embedding], "lr": args.learning_rate},
               {"params": [embedding], "lr": args.learning_rate if words is None else words}]
-    trained = sum(size_of(p).numel() for group in groups for p in group["params"])
     if is_main():
-        print(f"{sum(size_of(p).numel() for p in model.parameters()):,} parameters, {trained:,} of them trained; "
+        every, part = (sum(size_of(p).numel() for p in parameters) for parameters in (model.parameters(), trained))
+        print(f"{every:,} parameters, {part:,} of them trained; "
               f"{sum(map(len, training))} conversations to train on, {sum(map(len, rest))} held out; {total} steps")
         if lost:
             print(printable(f"{len(lost)} of {count} samples lack a picture and are replaced: {', '.join(lost[:5])}"))
@@ -513,15 +542,15 @@ def train(args):
 
     if args.compile:
         compile_layers(model, deepspeed)
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=groups, config=settings,
-        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule))
+    with blame(args.deepspeed_config):
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=groups, config=settings,
+            lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule))
     if folder:
         load_state(engine, args.out, run)
 
     # loop
     log = open(args.out / "log.jsonl", "a" if folder else "w") if is_main() else None
-    starts = [sum(math.ceil(len(samples) / args.batch_size) for samples in epochs[:n]) for n in range(args.epochs)]
 
     def write(**line):
         if log:
@@ -535,42 +564,58 @@ def train(args):
             raise InputError(f"{len(run.broken)} samples of this epoch cannot be used, more than {BROKEN:.0%}: "
                              f"{'; '.join(run.broken[:5])}")
 
+    def check_finite(value, name):
+        if not math.isfinite(value):
+            raise InputError(f"the {name} step {run.step} is {value}, at a learning rate of {rate:.2e}; a lower "
+                             f"--learning_rate or a longer --warmup helps; {what_stays(args.out)}")
+
+    def save():
+        total = sum(float(getattr(p, "ds_tensor", p).sum(dtype=torch.float)) for p in trained)
+        total = torch.tensor(total, device=device)
+        dist.all_reduce(total)
+        check_finite(total.item(), "sum of the weights after")
+        save_state(engine, args.out, run)
+
     if not folder:
         write(flags=args.flags)
     bar = tqdm(total=total, initial=run.step, unit="step", disable=not is_main())
+    rate = engine.get_lr()[0]
     for run.epoch, samples in list(enumerate(epochs))[run.epoch:]:
-        if run.step == starts[run.epoch]:
+        done = run.step - [0, *ends][run.epoch]
+        if not done:
             run.broken = []
-        loader = batches(samples, model, tokenizer, args, run.step - starts[run.epoch])
+        loader = batches(samples, model, tokenizer, args, done)
         began = time.perf_counter()
         while run.step < total and (work := next_step(loader, accumulation, device)):
             parts, counts, sentences = work
             note(sentences)
-            tokens, count = counts["tokens"], counts["trained_tokens"]
+            tokens, count, rate = counts["tokens"], counts["trained_tokens"], engine.get_lr()[0]
             loss = torch.zeros((), device=device)
             for batch in parts:
                 losses, _ = engine(**batch)
                 loss += losses.detach().sum()
                 # DeepSpeed divides by processes and accumulation; what is wanted is the mean over all trained tokens
                 engine.backward(losses.sum() * (world * accumulation / max(count, 1)))
-                rate = engine.get_lr()[0]
                 engine.step()
             dist.all_reduce(loss)
             loss, seconds, began = loss.item() / max(count, 1), time.perf_counter() - began, time.perf_counter()
             run.step, run.rounds_left_out = run.step + 1, run.rounds_left_out + counts["rounds_left_out"]
-            write(epoch=run.epoch + 1, loss=loss, learning_rate=rate, tokens=tokens, trained_tokens=count,
+            check_finite(loss, "loss of")
+            measured = {"loss": loss} if count else {}  # a step without a label has none
+            write(epoch=run.epoch + 1, **measured, learning_rate=rate, tokens=tokens, trained_tokens=count,
                   real_rows=round(tokens / counts["rows"], 4), tokens_per_second=round(tokens / seconds, 1),
                   seconds=round(seconds, 4))
             bar.update()
             bar.set_postfix_str(f"loss {loss:.4f}, learning rate {rate:.2e}, {tokens / seconds:.0f} tokens/s")
-            if run.step % args.save_every == 0:
-                save_state(engine, args.out, run)
-        if run.step % args.save_every and run.step != begun:
-            save_state(engine, args.out, run)
+            if run.step % args.save_every == 0 and run.step not in (ends[run.epoch], total):
+                save()
         sums = [evaluate(engine, batches(part, model, tokenizer, args), accumulation, device, note)
                 for part in held_out]
         loss, tokens, exact, answers = map(sum, zip([0] * 4, *sums))
         name, mean = f"epoch-{run.epoch + 1}", loss / tokens if tokens else math.inf
+        check_finite(loss, "held-out loss after")
+        if run.step != begun:  # the state of an epoch's end is kept when it is known to be good
+            save()
         if answers:
             shares = [(part.sets[0].name, right / asked) for part, (*_, right, asked) in zip(held_out, sums) if asked]
             write(epoch=run.epoch + 1, eval_loss=mean, eval_exact=exact / answers, eval_exact_of=dict(shares))
@@ -589,36 +634,50 @@ def train(args):
             break
     bar.close()
     if is_main():
-        for state in args.out.glob("resume-*"):
+        for state in saved_states(args.out):
             remove(state)
         print(f"{run.step} steps; {run.rounds_left_out} rounds left out (--max_length, --max_images); "
               f"the model is in {args.out}/best")
     dist.destroy_process_group()
 
 
+def say(sentence):
+    """One line on stderr, whatever the bar does"""
+    tqdm.write(printable(f"train.py: {sentence}"), file=sys.stderr)
+    sys.stdout.flush(), sys.stderr.flush()
+
+
 def main():
     """Run; what the user can mend is one sentence on stderr and exit code 2"""
-    args = command_line()
+    args, run = command_line(), argparse.Namespace(step=0)
+
+    def stop(*_):
+        # an exception could be caught on its way; the workers that read pictures come here too
+        if not int(os.environ.get("RANK", 0)) and not multiprocessing.parent_process():
+            say(f"stopped at step {run.step}; {what_stays(args.out)}")
+        os._exit(130)
+
+    for kind in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and what the launcher makes of it
+        signal.signal(kind, stop)
     try:
-        train(args)
+        train(args, run)
     except (InputError, OSError, RuntimeError, AssertionError) as error:
         if int(os.environ.get("RANK", 0)):
             time.sleep(5)  # what happens to all says process 0, and the launcher stops the others
-        reason = str(error)
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in reason:
-            reason = ("out of memory; less is needed with a lower --micro_batch_size (now "
-                      f"{args.micro_batch_size}), a lower --max_length (now {args.max_length}), or "
-                      f"--gradient_checkpointing (now {'on' if args.gradient_checkpointing else 'off'})")
+        sentence = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in sentence:
+            sentence = ("out of memory; less is needed with a lower --micro_batch_size (now "
+                        f"{args.micro_batch_size}), a lower --max_length (now {args.max_length}), or "
+                        f"--gradient_checkpointing (now {'on' if args.gradient_checkpointing else 'off'})")
         elif isinstance(error, OSError):  # a full disk
-            reason = f"{error.filename or args.out}: {error.strerror or error}"
+            sentence = f"{error.filename or args.out}: {reason_of(error)}"
+        elif isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            sentence = f"a layer cannot be compiled: {reason_of(error)}; --no_compile computes it as it is written"
         elif not isinstance(error, InputError):
-            if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
-                if args.compile:
-                    error.add_note("train.py: should this come from a compiled layer, --no_compile does without")
-                raise
-            reason = f"a layer cannot be compiled: {reason.splitlines()[0]}; --no_compile computes it as it is written"
-        tqdm.write(printable(f"train.py: {reason}"), file=sys.stderr)  # on its own line, whatever the bar does
-        sys.stdout.flush(), sys.stderr.flush()
+            if args.compile:
+                error.add_note("train.py: should this come from a compiled layer, --no_compile does without")
+            raise
+        say(sentence)
         os._exit(2) if dist.is_initialized() else sys.exit(2)
 
 

@@ -12,7 +12,6 @@ import argparse
 import base64
 import json
 import math
-import struct
 import warnings
 from collections import OrderedDict
 from contextlib import suppress
@@ -24,12 +23,18 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from torch.utils.checkpoint import checkpoint
 
 
 class InputError(ValueError):
     """What the user gave cannot be used. The message names thing and remedy; programs print it and exit with 2."""
+
+
+def reason_of(error):
+    """What an exception says, its first three lines as one"""
+    said = getattr(error, "strerror", None) or str(error) or repr(error)
+    return " ".join(map(str.strip, said.splitlines()[:3]))
 
 
 def number(kind, low, below=math.inf):
@@ -50,22 +55,26 @@ def read_json(path, kind=dict):
     """The object, or with kind=list the list, in a JSON file; InputError with the file and where in it the fault is."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise InputError(f"{path} is not valid JSON: {error.msg} at {place}") from error
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {reason_of(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {reason_of(error)}") from error
     if not isinstance(content, kind):
         raise InputError(f"{path} holds no JSON {'object' if kind is dict else 'list'}")
     return content
 
 
-def read_section(config, name):
-    """A part of a config.json that is itself an object, {} if it is not there"""
+def read_config(file):
+    """The settings of a config.json but those that are null, which stand for the default"""
+    return {name: value for name, value in read_json(file).items() if value is not None}
+
+
+def read_section(config, name, file="config.json"):
+    """A part of a config.json that is itself an object, {} if it is not there; without what is null"""
     section = config.get(name) or {}
     if not isinstance(section, dict):
-        raise InputError(f"config.json: {name} is {section!r}, not an object")
-    return section
+        raise InputError(f"{file}: {name} is {section!r}, not an object")
+    return {name: value for name, value in section.items() if value is not None}
 
 
 def make_config(kind, what, file, section):
@@ -76,8 +85,9 @@ def make_config(kind, what, file, section):
     config = kind(**{f.name: section[f.name] for f in fields(kind) if f.name in section})
     for f in fields(kind):
         value = getattr(config, f.name)
-        if f.type is int and f.name != "feature_layer" and not (isinstance(value, int) and value > 0):
-            raise InputError(f"{file}: {f.name} is {value!r}, not a whole number from 1")
+        size = f.type in (int, float) and f.name != "feature_layer"
+        if size and not (isinstance(value, (int, f.type)) and value > 0):
+            raise InputError(f"{file}: {f.name} is {value!r}, not a positive {f.type.__name__}")
     return config
 
 
@@ -85,38 +95,58 @@ def make_config(kind, what, file, section):
 
 CLIP_PREPROCESSING = {"image_mean": [0.48145466, 0.4578275, 0.40821073],  # of openai/clip-vit-large-patch14
                       "image_std": [0.26862954, 0.26130258, 0.27577711]}
+STEPS = {"do_convert_rgb": True, "do_resize": True, "resample": 3, "do_center_crop": True, "do_rescale": True,
+         "rescale_factor": 1 / 255, "do_normalize": True}  # those of `preprocess`; 3 is bicubic
+# long text beside the pixels is no reason to refuse them
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 def load_image(path):
     """Open a picture as PIL RGB. path: a file, or (file, offset, length) for base64 text inside a JSON file.
 
     It is turned as its EXIF orientation says (CLIP's own code does not: a phone's photograph would lie on its side),
-    transparency is laid on white, 16-bit pixels are scaled, of an animation the first frame is taken. InputError with
-    path and reason if it cannot be read."""
+    transparency is laid on white, 16 and 32 bits are scaled, of an animation the first frame is taken. A JPEG of more
+    than 89 megapixels is decoded at a part of its size. InputError with path and reason if it cannot be read."""
+    source = path
     try:
         if isinstance(path, tuple):
             file, offset, length = path
-            with open(file, "rb") as source:
-                source.seek(offset)
-                path = BytesIO(base64.b64decode(source.read(length).replace(b"\\/", b"/"), validate=True))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                if max(image.size) > 500 * min(image.size):
-                    raise ValueError(f"{image.width} x {image.height} pixels is too long to be made a square")
-                ImageOps.exif_transpose(image, in_place=True)
-                if image.mode.startswith("I"):  # 16 bits a pixel
-                    image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-                if image.has_transparency_data:
-                    image = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                image.load()
-                return image if image.mode == "RGB" else image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, AssertionError, LookupError, TypeError,
-            struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        name = f"{file}, bytes {offset} to {offset + length}" if isinstance(path, BytesIO) else path
-        reason = getattr(error, "strerror", None) or str(error) or repr(error)
-        raise InputError(f"picture {name} cannot be read: {reason}") from error
+            path = f"{file}, bytes {offset} to {offset + length}"
+            with open(file, "rb") as content:
+                content.seek(offset)
+                source = BytesIO(base64.b64decode(content.read(length).replace(b"\\/", b"/"), validate=True))
+        with warnings.catch_warnings(action="ignore"), Image.open(source) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # a phone's; Pillow refuses twice as many
+                image.draft(None, (2048, 2048))
+            image.load()
+            turn = None
+            with suppress(Exception):  # what cannot be read of the metadata is as if it was not there
+                turn = image.getexif().get(ExifTags.Base.Orientation)
+            clear = image.info.get("transparency")
+            if isinstance(clear, tuple) and max(clear) > 255:  # of a PNG of 16 bits, which Pillow has brought to 8
+                image.info["transparency"] = tuple(part >> 8 for part in clear)
+            if image.mode[0] in "IF":
+                image = to_8_bits(image, clear)
+            if image.mode != "RGB" or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+            image.info = {}  # exif_transpose would write it back, and fail where it is odd
+            image.getexif()[ExifTags.Base.Orientation] = turn
+            return ImageOps.exif_transpose(image)
+    except Exception as error:  # a decoder may raise anything
+        raise InputError(f"picture {path} cannot be read: {reason_of(error)}") from error
+
+
+def to_8_bits(image, clear):
+    """Grey of 16 or 32 bits a pixel -> 8 bits, the transparent grey white. 32 bits have no agreed white: it is 1 for
+    floats, 255 for integers, if no pixel exceeds that, else 255 or 65535"""
+    pixels = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=1)
+    white = 65535 if "16" in image.mode or pixels.max() > 255 else 255
+    if image.mode == "F" and pixels.max() <= 1:
+        white = 1
+    pixels[pixels == clear] = white
+    return Image.fromarray((pixels.clip(0, white) * 255 / white).astype(np.uint8))
 
 
 def read_preprocessing(folder, image_size):
@@ -124,14 +154,23 @@ def read_preprocessing(folder, image_size):
     file = Path(folder) / "preprocessor_config.json"
     config = {"size": image_size, "crop_size": image_size, **CLIP_PREPROCESSING}
     if file.exists():
-        config.update(read_json(file))
+        config |= read_config(file)
+    for name, value in config.items():
+        if (name in STEPS or name.startswith("do_")) and value != STEPS.get(name, False):
+            raise InputError(f"{file}: {name} = {value!r} is not supported, only {STEPS.get(name, False)}")
     try:
         made = tuple(preprocess(Image.new("RGB", (image_size, image_size)), config).shape)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{file} cannot be used: {error}") from error
+    except Exception as error:  # whatever it is, it comes from the file
+        raise InputError(f"{file} cannot be used: {reason_of(error)}") from error
     if made != (3, image_size, image_size):
         raise InputError(f"{file} makes pictures of {made}, the vision model takes (3, {image_size}, {image_size})")
     return config
+
+
+def middle(image, width, height):
+    """The middle of a picture; black surrounds a smaller one"""
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def preprocess(image, config):
@@ -139,6 +178,8 @@ def preprocess(image, config):
 
     config: the content of preprocessor_config.json, in the old spelling ("size": 224) or the new one
     ("size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}); height and width squash."""
+    longest = 500 * min(image.size)  # all of a thread would take gigabytes, and its middle is what is seen
+    image = middle(image, *(min(side, longest) for side in image.size))
     size, crop = config["size"], config.get("crop_size", config["size"])
     if isinstance(size, int) or "shortest_edge" in size:  # the longer side is cut to an integer, not rounded
         short, scale = size if isinstance(size, int) else size["shortest_edge"], min(image.size)
@@ -146,10 +187,7 @@ def preprocess(image, config):
     else:
         width, height = size["width"], size["height"]
     across, down = (crop, crop) if isinstance(crop, int) else (crop.get("width", width), crop.get("height", height))
-    left, top = (width - across) // 2, (height - down) // 2
-    # Pillow resizes across, then down: what the crop takes away on the sides needs no second pass
-    image = image.resize((width, image.height), Image.Resampling.BICUBIC).crop((left, 0, left + across, image.height))
-    image = image.resize((across, height), Image.Resampling.BICUBIC).crop((0, top, across, top + down))
+    image = middle(image.resize((width, height), Image.Resampling.BICUBIC), across, down)
     mean, std = (torch.tensor(config[name])[:, None, None] for name in ("image_mean", "image_std"))  # (3, 1, 1)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float()         # (3, S, S)
     return pixels.div_(255).sub_(mean).div_(std)                                             # (3, S, S)
@@ -159,14 +197,15 @@ def preprocess(image, config):
 
 @dataclass
 class ViTConfig:
-    """Sizes of a CLIP vision tower, under the names of its config.json. feature_layer and class_token say what of it
-    the language model sees: -1 is the output of the last layer (the post), -2 that of the layer before (LLaVA)."""
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    image_size: int
-    patch_size: int
+    """Sizes of a CLIP vision tower, under the names of its config.json; the defaults are those of CLIP-B/32, which
+    transformers leaves out. feature_layer and class_token say what of it the language model sees: -1 is the output of
+    the last layer (the post), -2 that of the layer before (LLaVA)."""
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 32
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02  # of the places and the class token in a tower made from nothing
@@ -182,9 +221,10 @@ class ViTConfig:
     def read(cls, folder):
         """From the config.json of a CLIPVisionModel or, under vision_config, of a whole CLIPModel."""
         file = Path(folder) / "config.json"
-        config = read_json(file)
-        config = read_section(config, "vision_config") or config
-        config = {"image_size": 224, "patch_size": 32, **config}  # the defaults that transformers leaves out
+        config = read_config(file)
+        config = read_section(config, "vision_config") | read_section(config, "vision_config_dict") or config
+        if config.get("model_type", "clip") not in ("clip", "clip_vision_model"):
+            raise InputError(f"{file} is not that of a CLIP vision model: model_type is {config['model_type']!r}")
         config = make_config(cls, "a CLIP vision model", file, config)
         if config.hidden_act not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
@@ -321,8 +361,8 @@ class QwenConfig:
         """From the config.json of a Qwen-VL checkpoint"""
         file = Path(folder) / "config.json"
         config = make_config(cls, "Qwen-VL's picture encoder", file, read_section(read_json(file), "visual"))
-        if not isinstance(config.mlp_ratio, (int, float)) or config.intermediate_size < 1:
-            raise InputError(f"{file}: mlp_ratio is {config.mlp_ratio!r}, not a number above 0")
+        if config.intermediate_size < 1:
+            raise InputError(f"{file}: mlp_ratio {config.mlp_ratio} of width {config.width} is less than one row")
         if config.width % config.heads:
             raise InputError(f"{file}: width {config.width} is no multiple of {config.heads} heads")
         return config

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FIXTURES, ROOT, all_logits, tiny_model
+from PIL import Image
 
 import chat as chat_module
 from chat import (Chat, FixedStep, RowLinear, attachments, completions, lay_out, main, pick, places, repl, run_script,
@@ -443,10 +445,10 @@ def test_layers_are_compiled_for_the_capture_alone(monkeypatch, graphs):
         raise KeyboardInterrupt
 
     def fail():
-        raise torch._dynamo.exc.InternalTorchDynamoError("inductor raised\nno compiler\nsomewhere")
+        raise torch._dynamo.exc.InternalTorchDynamoError("inductor raised\n  no compiler\nsomewhere\nand much more")
     with torch._dynamo.config.patch(recompile_limit=8):  # as it is, and will be again
         for failure, error, words in ((interrupt, KeyboardInterrupt, ""), (None, None, ""),
-                                      (fail, InputError, "compiled: inductor raised no compiler; --no_compile does without")):
+                                      (fail, InputError, "compiled: inductor raised no compiler somewhere; --no_compile does without")):
             step = FixedStep(model, talk.cache, 512, 512)
             with pytest.raises(error, match=words or None) if error else torch.inference_mode():
                 step.capture()
@@ -518,15 +520,42 @@ def test_streaming_never_prints_half_a_character_or_a_control_character():
 
 
 def test_words_that_are_pictures_are_attached(tmp_path, capsys):
-    from PIL import Image
     for name in ("a.png", "b c.png"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
     a, b = str(tmp_path / "a.png"), str(tmp_path / "b c.png")
     assert attachments(f"what is {a} here?") == ([a], "what is here?")
-    assert attachments(f'"{b}" and {b.replace(" ", chr(92) + " ")}?') == ([b], f"and {b.replace(' ', chr(92) + ' ')}?")
+    assert attachments(f'"{b}" and {b.replace(" ", chr(92) + " ")}?') == ([b, b], "and ?")
     assert attachments(f"{b.replace(' ', chr(92) + ' ')} file://{b.replace(' ', '%20')} why") == ([b, b], "why")
     assert attachments("it's  a 'quoted' word") == ([], "it's  a 'quoted' word")
     assert attachments("see nowhere.png") == ([], "see nowhere.png") and "no picture nowhere.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line, rest", [
+    ("What is in cat.png?", "What is in ?"), ("Describe (cat.png)", "Describe"), ("Compare cat.png, and tell me", "Compare , and tell me"),
+    ("What is in cat.png ?", "What is in ?"), ("cat.png: why?", ": why?"), ("“cat.png”", ""), ("see <file://{folder}/cat.png>.", "see ."),
+    ("**cat.png**", "****"), ("[cat.png](cat.png)", ""), ("cat.png,cat.png and cat.png...", ", and ..."), ("cat.png's colour", "'s colour"),
+    ("猫 cat.png。", "猫 。"), ("`cat.png`; `./cat.png`", ";"), ('"my cat (1).png", (my cat (1).png)!', ", !"), ("my cat (1).png and it's.png?", "and ?"),
+    ("'it's.png'", ""), ("noending, please", ", please"), ("{folder}/cat.png\tand", "and")])
+def test_a_mark_around_the_name_of_a_picture_is_not_part_of_it(tmp_path, monkeypatch, capsys, line, rest):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat.png", "my cat (1).png", "it's.png", "noending"):
+        Image.new("RGB", (4, 4)).save(name, "PNG")
+    line = line.format(folder=tmp_path)
+    named = len(re.findall(r"\.png|noending", line))
+    found, question = attachments(line)
+    assert (len(found), question) == (named, rest) and not capsys.readouterr().out
+    assert all(Image.open(path).size == (4, 4) for path in found)
+
+
+@pytest.mark.parametrize("line", ["what is photo.heic?", "notes.txt", "(see notes.txt)", "nowhere.heic?", "nowhere.png, please", "x/cat.png", "my-cat.png",
+                                  "image:cat.png", "https://example.org/cat.png", "描述cat.png", "broken"])
+def test_a_name_that_is_no_picture_gets_a_notice_and_stays_a_word(tmp_path, monkeypatch, capsys, line):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (4, 4)).save("cat.png")
+    for name in ("photo.heic", "notes.txt", "broken"):
+        Path(name).write_text("no picture")
+    assert attachments(line) == ([], line)
+    assert re.fullmatch(r"\(no picture \S+ that can be opened: taken as a word\)\n", capsys.readouterr().out)
 
 
 def test_tab_offers_paths(tmp_path, monkeypatch):

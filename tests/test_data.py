@@ -233,6 +233,38 @@ def test_your_own_conversations(tmp_path):
     assert mine.missing == {1: f"{tmp_path}/gone.png"} and mine.factor == 1
 
 
+@pytest.mark.parametrize("field", ["image", "picture", "Images", "answers"])
+def test_a_field_of_your_own_conversations_that_is_not_known_is_refused(tmp_path, field):
+    """Else a picture would be left out without a word"""
+    shutil.copy(IMAGES / "palette_p.png", tmp_path)
+    (tmp_path / "mine.json").write_text(json.dumps([[], [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d", field: "palette_p.png"}]]))
+    with pytest.raises(InputError, match=rf"mine.json\[1\]: field '{field}' is not known, only answer, images, question"):
+        read_datasets(options(tmp_path, str(tmp_path / "mine.json")))
+
+
+def test_records_of_llava_that_are_not_as_they_should_be(sets):
+    """Without a marker the picture stands first; what cannot be understood is left out, counted and named"""
+    def record(*said, **more):
+        return {"conversations": [{"from": who, "value": text} for who, text in said], **more}
+
+    pair = ("human", "What?"), ("gpt", "A cat.")
+    records = [record(*pair, image="a.jpg"), record(*pair, ("human", "And <image>?"), ("gpt", "A dog."), image="b.jpg"),
+               record(("gpt", "Hello."), *pair, image="c.jpg"), record(("system", "Be good."), *pair, image="d.jpg"), record(*pair),
+               record(("human", "<image> What?"), ("gpt", "A cat.")), record(image="e.jpg"), record(pair[0], image="f.jpg"),
+               record(*pair, pair[0], image="g.jpg"), record(*pair, ("gpt", "More."), image="h.jpg")]
+    (sets / "llava/conversation_58k.json").write_text(json.dumps(records))
+    found, left_out = drafts("llava_dial", sets)
+    shown = [[[Path(image).name for image in turn.images] for turn in draft(random.Random(0))] for draft in found]
+    assert shown == [[["a.jpg"]], [[], ["b.jpg"]], [[]], [["g.jpg"]]]
+    turns, marker = "human and gpt do not take turns", "a marker and no picture"
+    assert left_out == [f"conversation_58k.json[{n}]: {why}" for n, why in ((2, turns), (3, turns), (5, marker), (6, turns), (7, turns), (9, turns))]
+    assert set(left_out) <= set(drafts("llava_otter_blend", sets)[1])
+    (sets / "llava/detail_23k.json").write_text(json.dumps(records[:3]))
+    (sets / "llava/complex_reasoning_77k.json").write_text("[]")
+    found, left_out = drafts("llava", sets)
+    assert [len(draft(random.Random(0))) for draft in found] == [1, 1] and left_out == [f"detail_23k.json[2]: {turns}"]
+
+
 def break_json(file, change):
     content = json.loads(file.read_text())
     change(content)
@@ -258,11 +290,9 @@ def test_what_is_missing_or_broken_is_named(sets):
     break_json(llava, lambda c: c[1:] and c.__setitem__(slice(None), [{"image": None, "conversations": []}]))
     assert "[0]['image']: 'None' is no str" in said("llava")
     llava.write_text("[1, 2")
-    assert "not valid JSON" in said("llava") and "line 1, column" in said("llava")
+    assert "not valid JSON" in said("llava") and "line 1 column" in said("llava")
     llava.unlink()
     assert "detail_23k.json is missing: liuhaotian/LLaVA-Instruct-150K on Hugging Face has it" in said("llava_otter_blend")
-    break_json(sets / "llava/conversation_58k.json", lambda c: c[3]["conversations"].pop(0))
-    assert "conversation_58k.json[3]: human and gpt should take turns" in said("llava_dial")
     break_json(mimic, lambda c: c["data"]["SD_INS_00002"].update(image_ids=["x", 3]))
     assert "['data']['SD_INS_00002']['image_ids'][1]: '3' is no str" in said("otter_mimicit_sd")
     break_json(sets / "aokvqa/annotations/aokvqa_v1p0_train.json", lambda c: c[1].update(correct_choice_idx=4))
@@ -369,6 +399,13 @@ def test_a_tokenizer_learned_from_data(tmp_path):
     assert (tokenizer.bos, tokenizer.eos) == (1, 2)
     with pytest.raises(InputError, match="no tokenizer can be learned"):
         Tokenizer.train(conversations, 20, tmp_path / "t.model")
+    half = Tokenizer.train([*conversations, [Turn("half a \ud83d character", "\udc00")]], 100_000, tmp_path / "t.model")
+    assert half.decode(half.encode("half a \ud83d character")) == "half a ? character"
+    han = [[Turn("".join(map(chr, range(0x4e00 + 10 * n, 0x4e00 + 10 * n + 10))), "好")] for n in range(40)]
+    with pytest.raises(InputError, match=r"with vocab_size 384, as the language model's config.json has it: its characters take \d+$") as error:
+        Tokenizer.train(han, 384, tmp_path / "t.model")
+    enough = int(str(error.value).split()[-1])
+    assert len(Tokenizer.train(han, enough, tmp_path / "t.model")) == enough, "what it names is enough"
 
 
 def test_show_prints_what_the_model_sees(sets):
@@ -392,6 +429,11 @@ def test_show_prints_what_the_model_sees(sets):
         assert sheet.height == 14 * 176 and sheet.width >= 2 * 160
     done = subprocess.run([*map(str, command), sets / "mine.json"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "1 lacks a picture: " in done.stdout and "\x1b" not in done.stdout, done.stderr
+    shutil.copy(FIXTURES / "tokenizer.model", sets)
+    (sets / "config.json").write_text('{"max_position_embeddings": 128}')
+    done = subprocess.run([*map(str, command), "--language_model", sets], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("--max_length 4096 is more than the language model's positions: 128 is taken\n"), done.stderr
+    assert "rounds left out by --max_length or --max_images" in done.stdout
     done = subprocess.run([*map(str, command), "lava", "--out", sets / "llava/detail_23k.json"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     done = subprocess.run([*map(str, command), "lava"], cwd=ROOT, capture_output=True, text=True)

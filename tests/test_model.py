@@ -1,7 +1,9 @@
 """LLaMA-2, VisualChat and weights against transformers' numbers and the rules of the design. python -m pytest tests/test_model.py"""
 import json
+import random
 import resource
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -50,7 +52,18 @@ def test_configuration_of_an_old_file_without_later_fields(tmp_path):
     assert (read.num_key_value_heads, read.head_dim, read.rope_theta, read.tie_word_embeddings) == (4, 16, 10000.0, False)
 
 
+@pytest.mark.parametrize("change", [{"rope_theta": None}, {"rope_theta": 10000}, {"head_dim": None}, {"num_key_value_heads": 2, "attention_bias": None},
+                                    {"hidden_act": "swish"}, {"rope_scaling": {}}, {"rope_parameters": {"rope_theta": None, "rope_type": "default"}},
+                                    {"rope_parameters": {"rope_theta": 10000.0}}, {"rope_scaling": {"type": "default"}}, {"rms_norm_eps": 1e-5, "model_type": None}])
+def test_odd_but_legal_configurations(tmp_path, change):
+    config = json.loads((FIXTURES / "tiny-llama/config.transformers4.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    assert LlamaConfig.read(tmp_path) == LlamaConfig.read(FIXTURES / "tiny-llama")
+
+
 @pytest.mark.parametrize("change, name", [({"rope_scaling": {"type": "linear", "factor": 2}}, "linear"),
+                                          ({"rope_scaling": {"factor": 4.0}}, "rope_type = 'missing'"), ({"rope_theta": "1e4"}, "rope_theta is '1e4'"),
+                                          ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_type = 'missing'"),
                                           ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "llama3"),
                                           ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
                                           ({"hidden_act": "gelu"}, "hidden_act"), ({"hidden_size": "64"}, "hidden_size"), ({"num_hidden_layers": 0}, "num_hidden_layers"),
@@ -108,14 +121,30 @@ class Harm:
         return open, ("harm-was-done", "w")
 
 
-def test_bin_files_open_without_running_code(tmp_path, monkeypatch):
+@pytest.mark.parametrize("new", [True, False])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_bin_files_open_without_running_code(tmp_path, monkeypatch, new):
+    """In torch's format since version 1.6, which is mapped, and in the one before; of damaged ones a sentence says so"""
     monkeypatch.chdir(tmp_path)
     shutil.copy(FIXTURES / "tiny-llama/config.json", tmp_path)
-    torch.save(load_file(FIXTURES / "tiny-llama/model.safetensors"), tmp_path / "pytorch_model.bin")
+    file, mapped, load = tmp_path / "pytorch_model.bin", [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, mmap, **more: mapped.append(mmap) or load(*args, mmap=mmap, **more))
+    torch.save(load_file(FIXTURES / "tiny-llama/model.safetensors"), file, _use_new_zipfile_serialization=new)
     ours, theirs = load_llama(tmp_path), load_llama(FIXTURES / "tiny-llama")
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
-    torch.save({"lm_head.weight": Harm()}, tmp_path / "pytorch_model.bin")
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters())) and mapped == [new]
+    whole, dice = file.read_bytes(), random.Random(0)
+    for _ in range(60):
+        data = bytearray(whole)
+        for _ in range(3):
+            data[dice.randrange(dice.choice([300, 3000, len(data)]))] = dice.randrange(256)
+        file.write_bytes(data[:dice.choice([None, dice.randrange(len(data))])])
+        with suppress(InputError):
+            load_llama(tmp_path)
+    torch.save({"lm_head.weight": Harm()}, file, _use_new_zipfile_serialization=new)
     with pytest.raises(InputError, match="hold more than tensors"):
+        load_llama(tmp_path)
+    torch.save([torch.ones(1)], file, _use_new_zipfile_serialization=new)
+    with pytest.raises(InputError, match="cannot be read: something else than named tensors is in them"):
         load_llama(tmp_path)
     assert not (tmp_path / "harm-was-done").exists()
 

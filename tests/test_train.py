@@ -3,12 +3,14 @@ import argparse
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from safetensors.torch import load_file
 
 from data import DATASETS, Epoch, Samples, Tokenizer, Turn, collate, encode, read_datasets
 from model import InputError, Llama, LlamaConfig, VisualChat, load_vit, plain_weights, save_weights
-from train import check_state, finish_batch, micro_batches
+from train import check_state, engine_settings, finish_batch, micro_batches
 from vision import fixed_positions
 
 LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29517"]
@@ -33,14 +35,19 @@ def run(folder, *flags, two=False, fails=False, script="train.py", disk=None, **
                 "--out", folder / "out", "--workers", "1", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} | environment
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (disk, disk)) if disk else None
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300,
-                          preexec_fn=limit)
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=environment, preexec_fn=limit, start_new_session=True)
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:  # what hangs would hold the port, and every later run with two processes would fail
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     if fails:
-        assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout, done.stdout + done.stderr
-        lines = [line for line in done.stderr.splitlines() if line.startswith("train.py")]
-        assert len(lines) == 1, done.stderr
+        assert process.returncode == 2 and "Traceback" not in out + err, out + err
+        lines = [line for line in err.splitlines() if line.startswith("train.py")]
+        assert len(lines) == 1, err
         return lines[0]
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert process.returncode == 0, out + err
     return [json.loads(line) for line in (folder / "out/log.jsonl").read_text().splitlines()]
 
 
@@ -53,9 +60,13 @@ def folder(tmp_path):
     shutil.copytree(FIXTURES / "tiny-llama", tmp_path / "llama")
     shutil.copy(FIXTURES / "tokenizer.model", tmp_path / "llama")
     names = sorted(path.name for path in (FIXTURES / "tiny-clip/images").iterdir())
+    config = json.loads((tmp_path / "llama/config.json").read_text())
+    (tmp_path / "llama/config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
     records = [{"image": names[i % 4], "conversations": [
         {"from": "human", "value": "What is it?" + ("" if i in (2, 5, 6) else "\n<image>")},
         {"from": "gpt", "value": "a cat " * (1 + i * i % 17)}]} for i in range(13)]
+    for i in (2, 5, 6):
+        del records[i]["image"]
     (tmp_path / "llava/conversation_58k.json").write_text(json.dumps(records))
     return tmp_path
 
@@ -200,8 +211,169 @@ def test_bad_input_is_one_sentence_and_exit_code_2(folder):
     assert "lies in --out" in run(folder, *base, "--overwrite", "--vision_model", model, fails=True) and model.exists()
     assert "holds no model" in run(folder, *base, "--overwrite", "--vision_model", folder, fails=True) and model.exists()
     model.rmdir()
-    no_compiler = run(folder, *base, fails=True, PATH="/nowhere", CXX="no-such-compiler")
-    assert "needs no-such-compiler" in no_compiler and "apt-get install g++" in no_compiler
+
+
+def test_deepspeed_compiles_nothing(folder):
+    """Two processes, ZeRO-3, no compiler on the PATH: nothing is built, and so no lock is left to wait for"""
+    (folder / "nothing").mkdir()
+    flags = ["--datasets", "llava_dial", "--batch_size", "4", "--micro_batch_size", "2", "--max_steps", "2"]
+    assert len(losses(run(folder, *flags, two=True, PATH=str(folder / "nothing"), CXX="no-such-compiler",
+                          TORCH_EXTENSIONS_DIR=str(folder / "nothing")))) == 2
+    assert not list((folder / "nothing").iterdir())
+
+
+@pytest.fixture
+def mine(folder):
+    """Twelve short conversations of one's own about a picture -> (folder, its flags)"""
+    shutil.copy(FIXTURES / "tiny-clip/images/palette_p.png", folder / "red.png")
+    talk = [{"images": ["red.png"], "question": "What colour?", "answer": "red"}, {"question": "Sure?", "answer": "yes"}]
+    (folder / "mine.json").write_text(json.dumps([talk] * 12))
+    return folder, ["--datasets", folder / "mine.json", "--batch_size", "4", "--epochs", "3"]
+
+
+def state_is_good(folder):
+    """The weights of the last state are numbers"""
+    for file in next(folder.glob("out/resume-*")).rglob("*.pt"):
+        def check(content):
+            for part in content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ():
+                check(part)
+            assert not isinstance(content, torch.Tensor) or content.isfinite().all()
+        check(torch.load(file, weights_only=False))
+
+
+@pytest.mark.parametrize("more", [[], ["--save_every", "1"], ["--eval_fraction", "0", "--save_every", "1"]])
+def test_a_loss_that_is_not_finite_stops_the_run(mine, more):
+    folder, flags = mine
+    message = run(folder, *flags, "--eval_fraction", "0.25", "--learning_rate", "6e17", "--warmup", "0.99", *more, fails=True)
+    found = re.fullmatch(r"train.py: the (?:held-out loss after|loss of|sum of the weights after) step (\d+) is (?:nan|inf), at a learning rate of "
+                         r"(\S+); a lower --learning_rate or a longer --warmup helps; --resume goes on from step (\d+)", message)
+    assert found and int(found[3]) < int(found[1]) and 1e16 < float(found[2]) < 6e17, message
+    assert [path.name for path in folder.glob("out/resume-*")] == [f"resume-{found[3]}"]
+    state_is_good(folder)
+    assert "NaN" not in (folder / "out/log.jsonl").read_text() and "Infinity" not in (folder / "out/log.jsonl").read_text()
+    for file in (folder / "out").glob("best/*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(file).values())
+
+
+BAD_WEIGHTS = """
+import sys, torch
+sys.path.insert(0, {root!r})
+import train, deepspeed
+step = deepspeed.DeepSpeedEngine.step
+def poisoned(engine):
+    step(engine)
+    if engine.global_steps == 4:
+        engine.module.projection[1].weight.data.fill_(float("nan"))
+deepspeed.DeepSpeedEngine.step = poisoned
+train.main()
+"""
+
+
+@pytest.mark.parametrize("when", ["1", "500"])
+def test_weights_that_are_no_numbers_are_not_saved(mine, when):
+    """The step after which they are had a good loss; nothing is held out to tell"""
+    folder, flags = mine
+    (folder / "poisoned.py").write_text(BAD_WEIGHTS.format(root=str(ROOT)))
+    flags = [*flags, "--eval_fraction", "0", "--zero_stage", "0", "--epochs", "1", "--batch_size", "3", "--micro_batch_size", "3", "--save_every", when]
+    message = run(folder, *flags, fails=True, script=folder / "poisoned.py")
+    stays = "--resume goes on from step 3" if when == "1" else "no state was saved"
+    assert "sum of the weights after step 4 is nan" in message and message.endswith(stays)
+    assert not list(folder.glob("out/epoch-*")) and not (folder / "out/best").exists()
+
+
+def test_a_run_without_anything_to_train_on_is_refused(mine):
+    folder, flags = mine
+    message = run(folder, *flags, "--max_length", "40", fails=True)
+    assert message == "train.py: nothing is left to train on: of 11 samples none has a round that fits into --max_length 40 and --max_images 8"
+    talk = [{"images": ["red.png"] * 9, "question": "What colour?", "answer": "red"}]
+    (folder / "mine.json").write_text(json.dumps([talk] * 12))
+    assert "none has a round that fits into --max_length 4096 and --max_images 8" in run(folder, *flags, fails=True)
+    assert not list(folder.glob("out/*"))
+
+
+def test_a_step_without_a_label_has_no_loss(mine):
+    folder, flags = mine
+    short, long = ([{"question": "?", "answer": answer}] for answer in ("red", "red " * 200))
+    (folder / "mine.json").write_text(json.dumps([short, long, long, long]))
+    flags = [*flags, "--batch_size", "1", "--micro_batch_size", "1", "--max_length", "100", "--eval_fraction", "0", "--epochs", "1"]
+    log = run(folder, *flags)
+    assert len(losses(log)) == 1 and all(loss > 0 for loss in losses(log)) and sorted(line["trained_tokens"] for line in log[1:])[:3] == [0, 0, 0]
+    assert [line["step"] for line in log] == [0, 1, 2, 3, 4]
+
+
+def test_max_length_is_at_most_the_positions_of_the_model(mine):
+    folder, flags = mine
+    tokenizer, config = Tokenizer(folder / "llama/tokenizer.model"), json.loads((folder / "llama/config.json").read_text())
+    whole = encode([Turn("What colour?", "red", ["red.png"]), Turn("Sure?", "yes")], tokenizer, 17)
+    positions = len(whole.input_ids) - 1  # the second round goes beyond
+    (folder / "llama/config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
+    command = [*LAUNCHER, "train.py", "--language_model", folder / "llama", "--vision_model", FIXTURES / "tiny-clip", "--out", folder / "out",
+               *flags, "--micro_batch_size", "2", "--max_steps", "2", "--eval_fraction", "0"]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    said = f"--max_length 4096 is more than the language model's positions: {positions} is taken"
+    assert done.returncode == 0 and done.stdout.splitlines().count(said) == 1, done.stdout + done.stderr
+    log = [json.loads(line) for line in (folder / "out/log.jsonl").read_text().splitlines()]
+    assert [line["trained_tokens"] for line in log if "loss" in line] == [4 * len(tokenizer.encode("red") + [tokenizer.eos])] * 2
+    assert "12 rounds left out" not in done.stdout and "8 rounds left out" in done.stdout
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"zero_optimization": {"stage3_prefetch_bucket_size": 15099494.4}}, "stage3_prefetch_bucket_size Input should be a valid integer"),
+    ({"zero_optimization": {"reduce_bucketsize": 5}}, "reduce_bucketsize Extra inputs are not permitted"),
+    ({"optimizer": {"type": "Nope"}}, "Nope is not a supported DeepSpeed Optimizer"), ({"optimizer": {"params": {"betaz": 1}}}, "'betaz'"),
+    ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "nvme_path"), ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "NoneType"),
+    ({"zero_optimization": {"offload_optimizer": {"device": "disk"}}}, "offload_optimizer.device Input should be"),
+    ({"scheduler": {"type": "WarmupLR"}}, "scheduler is set by --warmup, take it out of the file")])
+def test_settings_that_deepspeed_cannot_use_are_named_with_their_file(mine, settings, words):
+    folder, flags = mine
+    (folder / "ds.json").write_text(json.dumps(settings))
+    message = run(folder, *flags, "--deepspeed_config", folder / "ds.json", fails=True)
+    assert words in message and message.startswith(f"train.py: {folder}/ds.json: ")
+    assert not list(folder.glob("out/*"))
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"optimizer": {"params": {"lr": 1e-12}}}, "lr is set by --learning_rate"), ({"train_batch_size": 4}, "train_batch_size is set by --batch_size"),
+    ({"optimizer": {"type": "Adam", "params": {"lr": 1e-12}}}, "lr is set by --learning_rate"), ({"bf16": {"enabled": True}}, "enabled is set by --dtype"),
+    ({"gradient_clipping": "auto"}, "gradient_clipping is 'auto'"), ({"zero_optimization": {"reduce_bucket_size": "auto"}}, "reduce_bucket_size is 'auto'"),
+    ({"optimizer": {"params": {"weight_decay": "auto"}}}, "weight_decay is 'auto'"), ({"activation_checkpointing": {}}, "set by --gradient_checkpointing"),
+    ({"optimizer": "AdamW"}, "optimizer is 'AdamW', not an object"), ({"zero_optimization": 3}, "zero_optimization is 3, not an object")])
+def test_settings_that_are_not_taken_are_named(tmp_path, settings, words):
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    args = argparse.Namespace(batch_size=4, micro_batch_size=4, zero_stage=3, learning_rate=1e-3, deepspeed_config=tmp_path / "ds.json")
+    with pytest.raises(InputError) as error:
+        engine_settings(args, torch.float32, 1)
+    assert str(error.value).startswith(f"{tmp_path}/ds.json: ") and words in str(error.value)
+
+
+def test_settings_that_work(mine):
+    """What is null is as if it was not there; optimizer states in the machine's memory; another optimizer has --learning_rate"""
+    folder, flags = mine
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "gradient_clipping": None}))
+    flags = [*flags, "--max_steps", "2", "--overwrite"]
+    torch.testing.assert_close(torch.tensor(losses(run(folder, *flags, "--deepspeed_config", folder / "ds.json"))), torch.tensor(losses(run(folder, *flags))))
+    (folder / "ds.json").write_text(json.dumps({"optimizer": {"type": "Adam", "params": {"torch_adam": True, "adam_w_mode": False, "betas": [0.9, 0.95]}}}))
+    torch.testing.assert_close(torch.tensor(losses(run(folder, *flags, "--deepspeed_config", folder / "ds.json"))), torch.tensor(losses(run(folder, *flags))))
+
+
+@pytest.mark.parametrize("two, kind", [(False, signal.SIGINT), (True, signal.SIGINT), (False, signal.SIGTERM)])
+def test_ctrl_c_is_one_sentence_and_resume_goes_on(mine, two, kind):
+    folder, flags = mine
+    talks = json.loads((folder / "mine.json").read_text())
+    (folder / "mine.json").write_text(json.dumps(talks * 100))
+    command = [*(LAUNCHER if two else [sys.executable]), "train.py", "--language_model", folder / "llama", "--vision_model", FIXTURES / "tiny-clip", "--out",
+               folder / "out", *flags, "--micro_batch_size", "2", "--save_every", "3"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    log = folder / "out/log.jsonl"
+    while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 8):
+        time.sleep(0.05)
+    os.killpg(process.pid, kind)
+    out, err = process.communicate(timeout=60)
+    lines = [line for line in err.splitlines() if line.startswith("train.py")]
+    assert len(lines) == 1 and (two or process.returncode == 130 and "Traceback" not in err), err  # the launcher has one of its own
+    stopped, saved = map(int, re.fullmatch(r"train.py: stopped at step (\d+); --resume goes on from step (\d+)", lines[0]).groups())
+    assert stopped >= 7 and saved == stopped // 3 * 3 and (folder / f"out/resume-{saved}/run.json").exists()
 
 
 def records(folder, pictures):

@@ -1,7 +1,13 @@
 """Pictures, both towers and the three projections against the numbers of others. python -m pytest tests/test_vision.py"""
 import base64
+import io
 import json
+import os
+import random
 import shutil
+import struct
+import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -15,6 +21,7 @@ import model as model_file
 from model import LlamaConfig, fill, load_vit, make_projection, make_vit
 from vision import InputError, QwenConfig, ViTConfig, fixed_positions, load_image, preprocess, read_preprocessing, read_vit_config
 
+CASES = FIXTURES / "cases"
 CLIP, QWEN, PROJECTIONS = FIXTURES / "tiny-clip", FIXTURES / "tiny-qwen-visual", FIXTURES / "tiny-projections"
 
 
@@ -89,21 +96,189 @@ def test_a_picture_that_cannot_be_read_is_named_with_the_reason(tmp_path, monkey
     (tmp_path / "half.avif").write_bytes(whole[:-20])
     with pytest.raises(InputError, match="half.avif cannot be read: .*decode"):
         load_image(tmp_path / "half.avif")
-    Image.new("RGB", (1, 60_000)).save(tmp_path / "thread.png")
-    with pytest.raises(InputError, match="thread.png cannot be read: 1 x 60000 pixels is too long"):
-        load_image(tmp_path / "thread.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(InputError, match="decompression bomb"):
         load_image(CLIP / "images/palette_p.png")
 
 
+# orientation -> what it does to the rows of pixels (EXIF 2.3, section 4.6.4)
+TURNS = {None: lambda a: a, 1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
+         5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a[:, ::-1], -1), 8: np.rot90}
+
+
+@pytest.mark.parametrize("file", sorted((CASES / "exif").iterdir()), ids=lambda file: file.stem)
+def test_odd_metadata_is_no_reason_to_refuse_a_picture(file):
+    turn = None if file.stem in ("cut-exif", "xmp-latin1") else 6
+    pixels = np.asarray(Image.open(file).convert("RGB"))
+    assert (np.asarray(load_image(file)) == TURNS[turn](pixels)).all()
+
+
+def test_long_text_and_profiles_beside_the_pixels(tmp_path):
+    assert load_image(CASES / "png/ztxt.png").getpixel((0, 0)) == (200, 30, 30)
+    for name in ("profile.png", "profile.jpg", "profile.webp"):
+        Image.new("RGB", (8, 8), "white").save(tmp_path / name, icc_profile=b"x" * 1_500_000)
+        assert load_image(tmp_path / name).getpixel((0, 0)) == (255, 255, 255)
+
+
+def png(width, height, bits, colour, pixels, clear):
+    """The bytes of a PNG with a transparent colour, which Pillow doesn't write"""
+    rows = b"".join(b"\0" + pixels[i:i + len(pixels) // height] for i in range(0, len(pixels), len(pixels) // height))
+    parts = ((b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)), (b"tRNS", clear), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts)
+
+
+def test_pixels_of_16_and_32_bits_are_as_a_viewer_shows_them(tmp_path):
+    def seen(pixels, name):
+        if isinstance(pixels, bytes):
+            (tmp_path / name).write_bytes(pixels)
+        else:
+            Image.fromarray(pixels).save(tmp_path / name)
+        return np.asarray(load_image(tmp_path / name))
+
+    for name, grey in (("gray16-trns.png", 255), ("f01.tif", 127), ("i32.tif", 200)):
+        assert (np.asarray(load_image(CASES / "modes" / name)) == grey).all(), name
+    assert seen(png(2, 1, 16, 0, struct.pack(">2H", 1000, 60000), struct.pack(">H", 1000)), "grey.png")[0].tolist() == [[255] * 3, [233] * 3]
+    colours = struct.pack(">6H", 1000, 2000, 3000, 60000, 700, 0)
+    assert seen(png(2, 1, 16, 2, colours, colours[:6]), "colour.png")[0].tolist() == [[255] * 3, [234, 2, 0]]
+    ramp = np.arange(256).reshape(16, 16)
+    for pixels, name in ((ramp.astype(np.float32) / 255, "one.tif"), (ramp.astype(np.float32), "byte.tif"), (ramp.astype(np.int32), "int.tif"),
+                         ((ramp * 257).astype(np.uint16), "short.png"), ((ramp * 257).astype(np.uint16), "short.tif"),
+                         ((ramp * 257).astype(np.uint16), "short.pgm"), ((ramp * 257).astype(np.int32), "word.tif"),
+                         ((ramp * 257).astype(np.uint16), "short.jp2"), (ramp.astype(np.float32) / 255, "one.pfm")):
+        assert abs(seen(pixels, name)[..., 0].astype(int) - ramp).max() <= (1 if pixels.dtype == np.float32 else 0), name
+    broken = np.array([[0, 1, np.nan, np.inf, -1, -np.inf]], np.float32)
+    assert seen(broken, "nan.tif")[0, :, 0].tolist() == [0, 255, 0, 255, 0, 0]
+
+
+def test_pictures_of_a_hundred_megapixels(tmp_path, recwarn):
+    """A JPEG is decoded at a part of its size; what Pillow refuses is refused"""
+    big = Image.new("L", (12_000, 9_000), 90)
+    big.paste(200, (0, 0, 6_000, 9_000))
+    big.save(tmp_path / "phone.jpg")
+    small = load_image(tmp_path / "phone.jpg")
+    assert small.size == (3_000, 2_250) and small.getpixel((1_000, 1_000))[0] == 200 and small.getpixel((2_000, 1_000))[0] == 90
+    Image.new("1", (12_000, 7_700), 1).save(tmp_path / "scan.png")
+    assert load_image(tmp_path / "scan.png").size == (12_000, 7_700) and not recwarn
+    Image.new("1", (18_000, 10_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(InputError, match="bomb.png cannot be read: .*decompression bomb"):
+        load_image(tmp_path / "bomb.png")
+
+
+def test_a_picture_as_long_as_a_thread_is_made_a_square(tmp_path):
+    pixels = np.zeros((60_000, 1, 3), np.uint8)
+    pixels[29_990:30_010] = 255
+    Image.fromarray(pixels).save(tmp_path / "thread.png")
+    made = preprocess(load_image(tmp_path / "thread.png"), read_preprocessing(CLIP, 56))
+    white = preprocess(Image.new("RGB", (56, 56), "white"), read_preprocessing(CLIP, 56))
+    torch.testing.assert_close(made, white)
+
+
+ROUNDS = int(os.environ.get("ROUNDS", 400))  # 4000 takes a quarter of a minute
+
+
+def judged(data, file, count, expect=lambda pixels: pixels):
+    """Nothing but InputError comes out, and no picture is refused that Pillow gives"""
+    file.write_bytes(data)
+    try:
+        good = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    except Exception:
+        good = None
+    try:
+        image = load_image(file)
+        assert image.mode == "RGB"
+        if expect and good is not None:
+            assert (np.asarray(image) == expect(good)).all()
+        count["read"] += 1
+    except InputError:
+        assert good is None, "a good picture was refused"
+        count["refused"] += 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wild_tags(tmp_path):
+    """`-s` prints how many were read"""
+    dice, count, file = random.Random(0), {"read": 0, "refused": 0}, io.BytesIO()
+    Image.fromarray((np.arange(40 * 24 * 3) % 251).astype(np.uint8).reshape(24, 40, 3)).save(file, "JPEG")
+    known = [0x10f, 0x110, 0x11a, 0x11b, 0x128, 0x131, 0x132, 0x13b, 0x14a, 0x2bc, 0x8769, 0x8773, 0x8825, 0x9286, 0xa005]
+    for _ in range(ROUNDS):
+        order, tags, data = dice.choice("<>"), dice.randint(0, 8), b""
+        turn = dice.choice([None, *range(1, 9)])
+        entries = [] if turn is None else [struct.pack(order + "HHIHH", 0x112, 3, 1, turn, 0)]
+        start = 8 + 2 + 12 * (tags + len(entries)) + 4
+        for _ in range(tags):
+            kind, amount = dice.choice([*range(14), 16, dice.randrange(65536)]), dice.choice([0, 1, 1, 1, 2, 3, 8, 90, dice.randrange(2 ** 32)])
+            size = amount * {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}.get(kind, 1)
+            value = dice.randbytes(4)
+            if 4 < size < 999:
+                value = struct.pack(order + "I", start + len(data))
+                data += dice.choice([dice.randbytes(size), bytes(size), b"\xff" * size])
+            entries.append(struct.pack(order + "HHI", dice.choice([*known, dice.randrange(0x113, 65536)]), kind, amount) + value)
+        dice.shuffle(entries)
+        exif = struct.pack(order + "2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(entries)) + b"".join(entries) + dice.choice([bytes(4), dice.randbytes(4)]) + data
+        exif = b"Exif\0\0" + exif
+        whole = file.getvalue()
+        judged(whole[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + whole[2:], tmp_path / "x", count, TURNS[turn])
+    print(f"wild tags: {count}")
+    assert count["refused"] < ROUNDS / 100, "two in a thousand are no pictures to Pillow either"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_random_bytes_in_every_format_that_pillow_writes(tmp_path):
+    dice, count, files = random.Random(1), {"read": 0, "refused": 0}, []
+    Image.init()
+    picture = Image.fromarray((np.arange(40 * 24 * 3) % 251).astype(np.uint8).reshape(24, 40, 3))
+    for kind in sorted(Image.SAVE.keys() - {"EPS", "PDF"}):  # the first needs a program, the second cannot be read
+        for mode in ("RGB", "L", "RGBA", "P", "1", "LA", "CMYK", "I;16", "I", "F"):
+            file = io.BytesIO()
+            with suppress(Exception):  # not every format takes every mode
+                (picture.convert("L") if mode[0] in "IF" else picture).convert(mode).save(file, kind)
+                files.append(file.getvalue())
+    assert len(files) > 100
+    for n in range(ROUNDS):
+        data = bytearray(files[n % len(files)])
+        for _ in range(dice.choice([1, 1, 2, 4, 10])):
+            data[dice.randrange(min(len(data), dice.choice([64, 400, len(data)])))] = dice.choice([0, 255, dice.randrange(256)])
+        judged(bytes(data[:None if dice.random() < 0.9 else dice.randrange(len(data))]), tmp_path / "x", count, None)
+    print(f"random bytes: {count}")
+    assert min(count.values()) > ROUNDS / 5
+
+
+STEPS = {"do_resize": False, "resample": 2, "do_center_crop": False, "do_rescale": False, "rescale_factor": 1 / 127.5, "do_normalize": False, "do_pad": True}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_of_preprocessing_that_are_not_computed_are_refused(tmp_path, name):
+    config = json.loads((CLIP / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | {name: STEPS[name]}))
+    with pytest.raises(InputError, match=rf"preprocessor_config.json: {name} = .* is not supported, only "):
+        read_preprocessing(tmp_path, 56)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | {name: None, "do_flip": False, "crop_size": None}))
+    picture = load_image(CLIP / "images/landscape_rgb.png")
+    assert torch.equal(preprocess(picture, read_preprocessing(tmp_path, 56)), preprocess(picture, read_preprocessing(CLIP, 56)))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | {"image_mean": 0.5}))
+    with pytest.raises(InputError, match="preprocessor_config.json cannot be used"):
+        read_preprocessing(tmp_path, 56)
+
+
+@pytest.mark.parametrize("config", [{"model_type": "clip", "vision_config": {"dropout": 0.0, "model_type": "clip_vision_model"}, "projection_dim": 512},
+                                    {"model_type": "clip_vision_model"}, {"model_type": "clip", "vision_config": {"hidden_size": None}},
+                                    {"model_type": "clip", "vision_config": {}, "vision_config_dict": {"patch_size": 32}}])
+def test_what_transformers_leaves_out_of_a_configuration_is_that_of_clip_b32(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = ViTConfig.read(tmp_path)
+    assert (read.hidden_size, read.intermediate_size, read.num_hidden_layers, read.num_attention_heads) == (768, 3072, 12, 12)
+    assert (read.image_size, read.patch_size, read.hidden_act, read.layer_norm_eps, read.image_tokens) == (224, 32, "quick_gelu", 1e-5, 50)
+
+
 def test_what_is_no_clip_is_refused(tmp_path):
     shutil.copy(FIXTURES / "tiny-llama/config.json", tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "clip_vision_model"}')
-    with pytest.raises(InputError, match="hidden_size, .* missing"):
+    with pytest.raises(InputError, match="not that of a CLIP vision model: model_type is 'llama'"):
         ViTConfig.read(tmp_path)
     (tmp_path / "config.json").write_text('{"broken": ')
-    with pytest.raises(InputError, match="line 1, column 12"):
+    with pytest.raises(InputError, match="not valid JSON: .*line 1 column 12"):
+        ViTConfig.read(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "clip", "vision_config": {"layer_norm_eps": "tiny"}}')
+    with pytest.raises(InputError, match="layer_norm_eps is 'tiny', not a positive float"):
         ViTConfig.read(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"size": 64, "crop_size": 64}')
     with pytest.raises(InputError, match=r"makes pictures of \(3, 64, 64\), the vision model takes \(3, 56, 56\)"):
@@ -237,7 +412,7 @@ def test_what_kind_of_tower_a_folder_holds(tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     ({"mlp_ratio": "2"}, "mlp_ratio is '2'"), ({"heads": 5}, "width 32 is no multiple of 5 heads"), ({"layers": 0}, "layers is 0"),
-    ({"width": None}, "width is None"), ({"output_dim": 96}, "resampler of width 96"), ({"n_queries": 15}, "with 15 queries")])
+    ({"width": None}, "width missing"), ({"output_dim": 96}, "resampler of width 96"), ({"n_queries": 15}, "with 15 queries")])
 def test_a_qwen_configuration_that_cannot_be_is_refused(tmp_path, change, message):
     config = json.loads((QWEN / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({"visual": config["visual"] | change}))
