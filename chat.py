@@ -42,6 +42,8 @@ from model import KVCache, VisualChat, choose_device
 from vision import InputError, ViT, load_image, number, positive, preprocess, read_json, reason_of
 
 DEFAULT = Path("out/best")
+CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # Chinese, Japanese, Korean
+PAIRS = """() [] {} <> "" '' `` “” ‘’ «» 「」""".split()
 HELP = """Write a question. A picture file that it names is attached to it.
   /image a.jpg "b c.png"   attach pictures to the next question; alone: no pictures
   /look                    where the last answer looked, drawn over each picture (MMCA)
@@ -418,10 +420,14 @@ def stream(tokens, tokenizer):
 def attachments(line):
     """A line -> (the pictures that it names, the line without them). A name may stand in quotes, in brackets or before a
     mark, hold blanks and marks of its own, "\\ " among them, or be a file:// address."""
-    endings, pictures, rest, start = Image.registered_extensions(), [], "", 0
-    marks = [*re.finditer(r"[^\w/\\~.:+#%&@=$^-]|[.:]+(?![\w/.:])", line), re.search(r"\Z", line)]
+    endings, pictures, rest, start = [".heic", ".heif", *Image.registered_extensions()], [], "", 0
+    # where a name may begin or end: at marks, where writing without blanks begins or ends, and behind a picture's ending
+    cuts = rf"[^\w/\\~.-]|\.+(?![\w/.])|(?<=[{CJK}])(?![{CJK}])|(?<![{CJK}])(?=[{CJK}])|\Z"
+    cuts = "|".join([cuts, *(f"(?<={re.escape(ending)})(?![a-z0-9])" for ending in endings)])
+    marks = [*re.finditer(cuts, line, re.IGNORECASE)]
     while marks:
-        for mark in reversed(marks[:16]):  # the longest name counts; else what stands before the next mark is a word
+        # the longest name of a file counts; where none begins, what stands before the next mark is a word
+        for mark in reversed(marks[:24]):
             path = re.sub(r"\\(.)", r"\1", line[start:mark.start()])
             if path.startswith("file://"):
                 path = unquote(re.sub("^file://[^/]*", "", path))
@@ -430,22 +436,24 @@ def attachments(line):
             if found:
                 break
         ending = os.path.splitext(path)[1].lower()
-        opens = found and ending in endings
-        if found and not opens:
+        shown = found and ending in endings[2:]
+        if found and not shown:
             with suppress(InputError):
-                opens = bool(load_image(path))
-        if opens:
-            pictures.append(path)
-        else:
-            rest += line[start:mark.start()]
-            if found or ending in (*endings, ".heic", ".heif"):
+                shown = bool(load_image(path))
+        if not shown:
+            rest += line[start:mark.start()] + mark[0]
+            if found or ending in endings:
                 print(printable(f"(no picture {path} that can be opened: taken as a word)"))
-        rest += mark[0]
+        elif rest[-1:] + mark[0] in PAIRS:  # what stood around the name
+            rest = rest[:-1]
+        else:
+            rest += mark[0]
+        pictures += [path] * shown
         start = mark.end()
         del marks[:marks.index(mark) + 1]
     if not pictures:
         return pictures, line.strip()
-    return pictures, " ".join(re.sub(r"""([("'`\[{<“‘«])[)"'`\]}>”’»]""", "", rest).split())
+    return pictures, " ".join(rest.split()) if re.search(r"\w", rest) else ""
 
 
 def completions(line, start):

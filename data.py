@@ -456,7 +456,7 @@ def own(file, folder, out):
         if unknown := set().union(*rounds) - known:
             raise InputError(f"{file}[{index}]: field {min(unknown)!r} is not known, only {', '.join(sorted(known))}")
         yield partial(_one_of, [[Turn(r["question"], r["answer"], [str(file.parent / i) for i in r.get("images", [])])
-                                 for r in rounds]])
+                                 for r in rounds]]) if rounds else f"{file.name}[{index}]: no round"
 
 
 DATASETS = {
@@ -655,7 +655,7 @@ def limit_length(args):
     """--max_length is at most the number of positions of the language model: beyond, it has learned nothing"""
     file = args.language_model / "config.json"
     positions = read_config(file).get("max_position_embeddings", 2048) if file.exists() else args.max_length
-    if positions < args.max_length:
+    if isinstance(positions, int) and 0 < positions < args.max_length:
         if not int(os.environ.get("RANK", 0)):
             print(f"--max_length {args.max_length} is more than the language model's positions: {positions} is taken")
         args.max_length = positions

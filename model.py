@@ -83,7 +83,7 @@ class LlamaConfig:
         config |= rope
         computed = {"model_type": ["llama"], "attention_bias": [False], "mlp_bias": [False], "sliding_window": [],
                     "hidden_act": ["silu", "swish"], "partial_rotary_factor": [1], "rope_type": ["default"]}
-        strange = [f"{name} = {config[name]!r}" for name in computed 
+        strange = [f"{name} = {config[name]!r}" for name in computed
                    if config.get(name) not in [None, *computed[name]]]
         if strange:
             raise InputError(f"{file}: not supported by this LLaMA-2: {', '.join(strange)}")
@@ -757,7 +757,9 @@ def _tensors(file):
     """(name, shape, function that reads it) of each tensor of a .safetensors or, running no code in it, a .bin file."""
     try:
         if file.suffix == ".bin":
-            mapped = zipfile.is_zipfile(file)  # torch's format since version 1.6
+            mapped = zipfile.is_zipfile(file)  # torch's format since version 1.6; before it was a pickle
+            if not mapped and file.open("rb").read(1) != b"\x80":
+                raise TypeError("not in torch's format; was it downloaded whole, or is it a Git LFS pointer?")
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
             if not (isinstance(content, dict) and all(isinstance(t, torch.Tensor) for t in content.values())):
                 raise TypeError("something else than named tensors is in them")

@@ -37,7 +37,7 @@ from data import (Epoch, Samples, Tokenizer, Turn, arguments, collate, encode, h
 from mmca import pattern
 from model import (Llama, LlamaConfig, VisualChat, add_lora, choose_device, has_weights, is_main, load_llama, load_vit,
                    make_vit, size_of, vit_sizes, write_json)
-from vision import InputError, number, positive, read_config, read_json, read_preprocessing, read_section, reason_of
+from vision import InputError, number, positive, read_config, read_json, read_preprocessing, reason_of
 
 
 BROKEN = 0.01  # share of an epoch's samples that may have a missing or broken picture before the run stops
@@ -65,8 +65,8 @@ def command_line():
     add("--max_steps", type=positive, help="stop after so many steps (default: all of them)")
     add("--batch_size", type=positive, default=128, help="samples of a step, of all processes together")
     add("--micro_batch_size", type=positive, default=4, help="samples at once of one process; accumulation follows")
-    add("--learning_rate", type=number(float, 0), default=1e-3, help="at its highest")
-    add("--embedding_learning_rate", type=number(float, 0), help="of the word embedding (default: --learning_rate)")
+    add("--learning_rate", type=number(float, 0, 1e30), default=1e-3, help="at its highest")
+    add("--embedding_learning_rate", type=number(float, 0, 1e30), help="of the word embedding (default: --learning_rate)")
     add("--warmup", type=number(float, 0, 1), default=0.1, help="share of all steps in which the learning rate rises")
     add("--eval_fraction", type=number(float, 0, 1), default=0.1, help="share of the conversations that is held out")
     add("--eval_path", type=Path, metavar="DIR", help="hold nothing out, but take the same data sets from this folder")
@@ -100,10 +100,11 @@ def start_distributed(device):
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # between DeepSpeed and torch
     import deepspeed
     deepspeed.utils.logger.setLevel("WARNING")
-    # on a CPU it would compile an operation that serves inference alone: a compiler, half a minute, and a start that
-    # is killed meanwhile leaves a lock on which every later one waits
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if device.type != "cpu":
+    if device.type == "cpu":
+        # it would compile an operation that serves inference alone: that takes a compiler and half a minute, and a start
+        # that is killed meanwhile leaves a lock on which every later one waits
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
         device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
         torch.accelerator.set_device_index(device.index)
     deepspeed.init_distributed(verbose=False)
@@ -134,13 +135,13 @@ def earlier_run(out):
 
 def saved_states(out):
     """The folders of the states in a run's folder, the last one last"""
-    return sorted(out.glob("resume-*"), key=lambda path: int(path.name.partition("-")[2]))
+    return sorted(out.glob("resume-*"), key=lambda path: int(path.name.removeprefix("resume-")))
 
 
 def what_stays(out):
     """What is left of a run that stops, as the end of a sentence"""
     states = saved_states(out)
-    return f"--resume goes on from step {states[-1].name.partition('-')[2]}" if states else "no state was saved"
+    return f"--resume goes on from step {states[-1].name.removeprefix('resume-')}" if states else "no state was saved"
 
 
 def check_out(args):
@@ -250,6 +251,22 @@ def load_state(engine, out, run):
         (out / ".log.unfinished").replace(log)
 
 
+# what may stand at the top of a file of settings; DeepSpeed passes over other names without a word
+KINDS = {dict: "zero_optimization optimizer bf16 fp16 data_types aio checkpoint comms_logger flops_profiler timers "
+               "tensorboard wandb comet csv_monitor", str: "communication_data_type",
+         (int, float): "gradient_clipping prescale_gradients gradient_predivide_factor zero_allow_untested_optimizer "
+                       "zero_force_ds_cpu_optimizer steps_per_print wall_clock_breakdown memory_breakdown dump_state"}
+KNOWN = {name: kind for kind, names in KINDS.items() for name in names.split()}
+
+
+def flatten(settings, above=""):
+    """Settings with their names in full: {"a": {"b": 1}} -> ("a", {"b": 1}), ("a.b", 1)"""
+    for name, value in settings.items():
+        yield above + name, value
+        if isinstance(value, dict):
+            yield from flatten(value, f"{above}{name}.")
+
+
 def merge(ours, theirs):
     """Settings over settings, object by object; one of another "type" is taken whole"""
     both = isinstance(ours, dict) and isinstance(theirs, dict)
@@ -269,17 +286,23 @@ def engine_settings(args, dtype, accumulation):
         "bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
     if args.deepspeed_config:
         given = read_config(args.deepspeed_config)
-        flags = {"train_batch_size": "batch_size", "gradient_accumulation_steps": "batch_size", "enabled": "dtype",
-                 "train_micro_batch_size_per_gpu": "micro_batch_size", "stage": "zero_stage", "lr": "learning_rate",
-                 "scheduler": "warmup", "activation_checkpointing": "gradient_checkpointing"}
-        names, section = ("zero_optimization", "bf16", "fp16", "optimizer"), partial(read_section, file=args.deepspeed_config)
-        parts = [section(given, name) for name in names]
-        for part in (given, *parts, section(parts[-1], "params")):
-            for name, value in part.items():
-                if name in flags:
-                    raise InputError(f"{args.deepspeed_config}: {name} is set by --{flags[name]}, take it out of the file")
-                if value == "auto":
-                    raise InputError(f"{args.deepspeed_config}: {name} is {value!r}, and nobody here fills it in")
+        flags = {"train_batch_size": "batch_size", "gradient_accumulation_steps": "batch_size", "scheduler": "warmup",
+                 "train_micro_batch_size_per_gpu": "micro_batch_size", "activation_checkpointing": "gradient_checkpointing",
+                 "zero_optimization.stage": "zero_stage", "bf16.enabled": "dtype", "fp16.enabled": "dtype",
+                 "optimizer.params.lr": "learning_rate"}
+        flat = dict(flatten(given))
+        for name, value in flat.items():
+            if name in flags:
+                wrong = f"is set by --{flags[name]}, take it out of the file"
+            elif value == "auto":
+                wrong = "is 'auto', and nobody here fills it in"
+            elif "." not in name and not isinstance(value, KNOWN.get(name, ())):
+                wrong = f"= {value!r} is not known to DeepSpeed, or has no effect here"
+            elif value == "nvme" and name.removesuffix("device") + "nvme_path" not in flat:
+                wrong = "is nvme, and there is no nvme_path beside it"
+            else:
+                continue
+            raise InputError(f"{args.deepspeed_config}: {name} {wrong}")
         settings = merge(settings, given)
     return settings
 
@@ -289,8 +312,8 @@ def blame(file):
     """What DeepSpeed raises about the settings in a file is an InputError that names it"""
     try:
         yield
-    except Exception as error:
-        if not file or "allocate" in str(error):  # there was no file, or no memory
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError) as error:
+        if not file:
             raise
         raise InputError(f"{file}: {reason_of(error)}") from error
 
@@ -419,7 +442,7 @@ def batches(conversations, model, tokenizer, args, done=0):
     return iter(torch.utils.data.DataLoader(samples, batch_sampler=sampler, num_workers=args.workers,
                                             collate_fn=partial(finish_batch, dummy=dummy, attention=model.attention),
                                             multiprocessing_context="fork" if args.workers else None,  # shares Packed
-                                            timeout=600 if args.workers else 0))
+                                            timeout=600 if args.workers else 0))  # rather than to wait for ever
 
 
 def next_step(loader, accumulation, device):
@@ -490,7 +513,7 @@ def train(args, run):
     settings = engine_settings(args, dtype, accumulation)
     spread = partial(deepspeed.zero.Init, config_dict_or_path=settings) if args.zero_stage == 3 else nullcontext
     with blame(args.deepspeed_config):
-        spread()  # looks at the settings, before anything is read
+        spread()  # under ZeRO-3 it looks at the settings, before anything is read
     found = [together(lambda: check_out(args), everywhere=False)]
     dist.broadcast_object_list(found)
     folder, state = found[0] or (None, {"step": 0, "epoch": 0, "best": math.inf, "rounds_left_out": 0, "broken": []})
@@ -498,6 +521,9 @@ def train(args, run):
     # data
     together(lambda: draw_demo(args), everywhere=False)
     sets, training, held_sets, rest = split_data(args)
+    left_out = [text for data in sets for text in data.left_out]
+    if left_out and is_main():
+        print(printable(f"{len(left_out)} records are left out: {'; '.join(left_out[:3])}"))
     if not any(training):
         raise InputError(f"{', '.join(args.datasets)}: no conversation is left to train on")
     held_out = [Epoch([data], [part], args.seed, "held out") for data, part in zip(held_sets, rest) if part]
@@ -523,7 +549,6 @@ def train(args, run):
         check_state(folder, state, now)
     vars(run).update(state | {"identity": now})
     begun = run.step
-    together(lambda: clear_out(args.out, folder), everywhere=False)
     embedding, words = model.language_model.model.embed_tokens.weight, args.embedding_learning_rate
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p is not embedding], "lr": args.learning_rate},
@@ -546,6 +571,7 @@ def train(args, run):
         engine, *_ = deepspeed.initialize(
             model=model, model_parameters=groups, config=settings,
             lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule))
+    together(lambda: clear_out(args.out, folder), everywhere=False)  # all that could be refused has been read
     if folder:
         load_state(engine, args.out, run)
 
@@ -566,14 +592,14 @@ def train(args, run):
 
     def check_finite(value, name):
         if not math.isfinite(value):
-            raise InputError(f"the {name} step {run.step} is {value}, at a learning rate of {rate:.2e}; a lower "
-                             f"--learning_rate or a longer --warmup helps; {what_stays(args.out)}")
+            raise InputError(f"the {name} step {run.step} is {value}, at a learning rate of {rate:.2e}: begin "
+                             f"anew with a lower one or a longer --warmup (and --overwrite); {what_stays(args.out)}")
 
     def save():
-        total = sum(float(getattr(p, "ds_tensor", p).sum(dtype=torch.float)) for p in trained)
-        total = torch.tensor(total, device=device)
-        dist.all_reduce(total)
-        check_finite(total.item(), "sum of the weights after")
+        weights = sum(float(getattr(p, "ds_tensor", p).sum(dtype=torch.float)) for p in trained)
+        weights = torch.tensor(weights, device=device)
+        dist.all_reduce(weights)
+        check_finite(weights.item(), "sum of the weights after")
         save_state(engine, args.out, run)
 
     if not folder:

@@ -69,11 +69,11 @@ def read_config(file):
     return {name: value for name, value in read_json(file).items() if value is not None}
 
 
-def read_section(config, name, file="config.json"):
+def read_section(config, name):
     """A part of a config.json that is itself an object, {} if it is not there; without what is null"""
-    section = config.get(name) or {}
+    section = {} if config.get(name) is None else config[name]
     if not isinstance(section, dict):
-        raise InputError(f"{file}: {name} is {section!r}, not an object")
+        raise InputError(f"config.json: {name} is {section!r}, not an object")
     return {name: value for name, value in section.items() if value is not None}
 
 
@@ -86,7 +86,7 @@ def make_config(kind, what, file, section):
     for f in fields(kind):
         value = getattr(config, f.name)
         size = f.type in (int, float) and f.name != "feature_layer"
-        if size and not (isinstance(value, (int, f.type)) and value > 0):
+        if size and not (isinstance(value, (int, f.type)) and (f.type is int) <= value < math.inf):
             raise InputError(f"{file}: {f.name} is {value!r}, not a positive {f.type.__name__}")
     return config
 
@@ -140,13 +140,14 @@ def load_image(path):
 
 def to_8_bits(image, clear):
     """Grey of 16 or 32 bits a pixel -> 8 bits, the transparent grey white. 32 bits have no agreed white: it is 1 for
-    floats, 255 for integers, if no pixel exceeds that, else 255 or 65535"""
-    pixels = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=1)
-    white = 65535 if "16" in image.mode or pixels.max() > 255 else 255
-    if image.mode == "F" and pixels.max() <= 1:
+    floats (a filter may pass that by a little), 255, 65535 or the brightest pixel, as the pixels need it"""
+    pixels = np.asarray(image).astype(np.float32)
+    most = np.nan_to_num(pixels, posinf=0).max()
+    white = max(65535, most) if "16" in image.mode or most > 255 else 255
+    if image.mode == "F" and most < 2:
         white = 1
     pixels[pixels == clear] = white
-    return Image.fromarray((pixels.clip(0, white) * 255 / white).astype(np.uint8))
+    return Image.fromarray(np.nan_to_num(pixels.clip(0, white) * 255 / white).astype(np.uint8))
 
 
 def read_preprocessing(folder, image_size):
@@ -174,11 +175,12 @@ def middle(image, width, height):
 
 
 def preprocess(image, config):
-    """PIL RGB -> (3, S, S) float32, exactly as CLIP does: shorter side to `size`, centre crop, mean and deviation.
+    """PIL RGB -> (3, S, S) float32, exactly as CLIP does (of a picture more than 500 times as long as wide from its
+    middle): shorter side to `size`, centre crop, mean and deviation.
 
     config: the content of preprocessor_config.json, in the old spelling ("size": 224) or the new one
     ("size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}); height and width squash."""
-    longest = 500 * min(image.size)  # all of a thread would take gigabytes, and its middle is what is seen
+    longest = 500 * min(image.size)  # all of a thread would take gigabytes
     image = middle(image, *(min(side, longest) for side in image.size))
     size, crop = config["size"], config.get("crop_size", config["size"])
     if isinstance(size, int) or "shortest_edge" in size:  # the longer side is cut to an integer, not rounded
@@ -221,11 +223,12 @@ class ViTConfig:
     def read(cls, folder):
         """From the config.json of a CLIPVisionModel or, under vision_config, of a whole CLIPModel."""
         file = Path(folder) / "config.json"
-        config = read_config(file)
-        config = read_section(config, "vision_config") | read_section(config, "vision_config_dict") or config
-        if config.get("model_type", "clip") not in ("clip", "clip_vision_model"):
-            raise InputError(f"{file} is not that of a CLIP vision model: model_type is {config['model_type']!r}")
-        config = make_config(cls, "a CLIP vision model", file, config)
+        whole = read_config(file)
+        section = read_section(whole, "vision_config") | read_section(whole, "vision_config_dict") or whole
+        kind = section.get("model_type", whole.get("model_type", "clip" if "hidden_size" in section else None))
+        if kind not in ("clip", "clip_vision_model"):
+            raise InputError(f"{file} is not that of a CLIP vision model: model_type is {kind!r}")
+        config = make_config(cls, "a CLIP vision model", file, section)
         if config.hidden_act not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             raise InputError(f"{file}: hidden_act {config.hidden_act!r} is not supported, only {known}")

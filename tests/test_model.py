@@ -140,6 +140,10 @@ def test_bin_files_open_without_running_code(tmp_path, monkeypatch, new):
         file.write_bytes(data[:dice.choice([None, dice.randrange(len(data))])])
         with suppress(InputError):
             load_llama(tmp_path)
+    for text in ("version https://git-lfs.github.com/spec/v1\noid sha256:1", "<html>", "", "\0" * 99):
+        file.write_text(text)
+        with pytest.raises(InputError, match="cannot be read: not in torch's format; was it downloaded whole"):
+            load_llama(tmp_path)
     torch.save({"lm_head.weight": Harm()}, file, _use_new_zipfile_serialization=new)
     with pytest.raises(InputError, match="hold more than tensors"):
         load_llama(tmp_path)

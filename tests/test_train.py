@@ -246,7 +246,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(mine, more):
     folder, flags = mine
     message = run(folder, *flags, "--eval_fraction", "0.25", "--learning_rate", "6e17", "--warmup", "0.99", *more, fails=True)
     found = re.fullmatch(r"train.py: the (?:held-out loss after|loss of|sum of the weights after) step (\d+) is (?:nan|inf), at a learning rate of "
-                         r"(\S+); a lower --learning_rate or a longer --warmup helps; --resume goes on from step (\d+)", message)
+                         r"(\S+): begin anew with a lower one or a longer --warmup \(and --overwrite\); --resume goes on from step (\d+)", message)
     assert found and int(found[3]) < int(found[1]) and 1e16 < float(found[2]) < 6e17, message
     assert [path.name for path in folder.glob("out/resume-*")] == [f"resume-{found[3]}"]
     state_is_good(folder)
@@ -321,7 +321,6 @@ def test_max_length_is_at_most_the_positions_of_the_model(mine):
     ({"zero_optimization": {"stage3_prefetch_bucket_size": 15099494.4}}, "stage3_prefetch_bucket_size Input should be a valid integer"),
     ({"zero_optimization": {"reduce_bucketsize": 5}}, "reduce_bucketsize Extra inputs are not permitted"),
     ({"optimizer": {"type": "Nope"}}, "Nope is not a supported DeepSpeed Optimizer"), ({"optimizer": {"params": {"betaz": 1}}}, "'betaz'"),
-    ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "nvme_path"), ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "NoneType"),
     ({"zero_optimization": {"offload_optimizer": {"device": "disk"}}}, "offload_optimizer.device Input should be"),
     ({"scheduler": {"type": "WarmupLR"}}, "scheduler is set by --warmup, take it out of the file")])
 def test_settings_that_deepspeed_cannot_use_are_named_with_their_file(mine, settings, words):
@@ -337,13 +336,44 @@ def test_settings_that_deepspeed_cannot_use_are_named_with_their_file(mine, sett
     ({"optimizer": {"type": "Adam", "params": {"lr": 1e-12}}}, "lr is set by --learning_rate"), ({"bf16": {"enabled": True}}, "enabled is set by --dtype"),
     ({"gradient_clipping": "auto"}, "gradient_clipping is 'auto'"), ({"zero_optimization": {"reduce_bucket_size": "auto"}}, "reduce_bucket_size is 'auto'"),
     ({"optimizer": {"params": {"weight_decay": "auto"}}}, "weight_decay is 'auto'"), ({"activation_checkpointing": {}}, "set by --gradient_checkpointing"),
-    ({"optimizer": "AdamW"}, "optimizer is 'AdamW', not an object"), ({"zero_optimization": 3}, "zero_optimization is 3, not an object")])
+    ({"gradient_cliping": 1.0}, "gradient_cliping = 1.0 is not known to DeepSpeed"), ({"zero_optimisation": {}}, "zero_optimisation = {} is not known"),
+    ({"gradient_clipping": "1.0"}, "gradient_clipping = '1.0' is not known"), ({"optimizer": []}, "optimizer = [] is not known to DeepSpeed"),
+    ({"zero_optimization": {"offload_optimizer": {"device": "auto"}}}, "zero_optimization.offload_optimizer.device is 'auto'"),
+    ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "zero_optimization.offload_optimizer.device is nvme, and there is no nvme_path"),
+    ({"optimizer": "AdamW"}, "optimizer = 'AdamW' is not known to DeepSpeed"), ({"zero_optimization": 3}, "zero_optimization = 3 is not known to DeepSpeed")])
 def test_settings_that_are_not_taken_are_named(tmp_path, settings, words):
     (tmp_path / "ds.json").write_text(json.dumps(settings))
     args = argparse.Namespace(batch_size=4, micro_batch_size=4, zero_stage=3, learning_rate=1e-3, deepspeed_config=tmp_path / "ds.json")
     with pytest.raises(InputError) as error:
         engine_settings(args, torch.float32, 1)
     assert str(error.value).startswith(f"{tmp_path}/ds.json: ") and words in str(error.value)
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_a_refused_setting_leaves_the_earlier_run(mine, stage):
+    folder, flags = mine
+    flags = [*flags, "--max_steps", "1", "--zero_stage", stage]
+    run(folder, *flags)
+    before = sorted(path.name for path in folder.glob("out/*"))
+    for settings in ({"zero_optimization": {"reduce_bucketsize": 5}}, {"optimizer": {"params": {"betaz": 1}}}):
+        (folder / "ds.json").write_text(json.dumps(settings))
+        run(folder, *flags, "--overwrite", "--deepspeed_config", folder / "ds.json", fails=True)
+        assert sorted(path.name for path in folder.glob("out/*")) == before == ["best", "epoch-1", "log.jsonl"]
+
+
+def test_records_that_are_left_out_are_named(folder):
+    records = json.loads((folder / "llava/conversation_58k.json").read_text())
+    bad = [{"image": "a.jpg", "conversations": [{"from": "system", "value": "Be good."}]}] * 4
+    flags = ["--datasets", "llava_dial", "--batch_size", "4", "--micro_batch_size", "4", "--max_steps", "1", "--eval_fraction", "0"]
+    command = [sys.executable, "train.py", "--language_model", folder / "llama", "--vision_model", FIXTURES / "tiny-clip", "--data_path", folder,
+               "--out", folder / "out", "--workers", "0", *flags]
+    (folder / "llava/conversation_58k.json").write_text(json.dumps(bad + records))
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    named = "; ".join(f"conversation_58k.json[{n}]: human and gpt do not take turns" for n in range(3))
+    assert done.returncode == 0 and f"\n4 records are left out: {named}\n" in done.stdout, done.stdout + done.stderr
+    (folder / "llava/conversation_58k.json").write_text(json.dumps(bad))
+    done = subprocess.run(list(map(str, [*command, "--overwrite"])), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and f"\n4 records are left out: {named}\n" in done.stdout and "no conversation is left to train on" in done.stderr
 
 
 def test_settings_that_work(mine):
@@ -606,7 +636,8 @@ for stage in range(4):
                 "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000, "stage3_param_persistence_threshold": 0},
                 "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}}
     gc.collect()
-    before = {id(thing) for thing in gc.get_objects()}
+    old = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]  # kept, so that no new one gets its id
+    before = set(map(id, old))
     with deepspeed.zero.Init(config_dict_or_path=settings) if stage == 3 else nullcontext():
         model = VisualChat(make_vit(ViTConfig(32, 64, 2, 2, 28, 14)), Llama(LlamaConfig(128, 352, 4, 4, 2, 32, 2000)))
     model.set_trained(everything=True)

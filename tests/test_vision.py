@@ -146,6 +146,8 @@ def test_pixels_of_16_and_32_bits_are_as_a_viewer_shows_them(tmp_path):
                          ((ramp * 257).astype(np.uint16), "short.pgm"), ((ramp * 257).astype(np.int32), "word.tif"),
                          ((ramp * 257).astype(np.uint16), "short.jp2"), (ramp.astype(np.float32) / 255, "one.pfm")):
         assert abs(seen(pixels, name)[..., 0].astype(int) - ramp).max() <= (1 if pixels.dtype == np.float32 else 0), name
+    assert abs(seen((ramp / 255 * 1.04 - 0.02).astype(np.float32), "overshoot.tif")[..., 0].astype(int) - ramp).max() <= 6
+    assert seen(np.array([[0, 65535, 1 << 20]], np.int32), "large.tif")[0, :, 0].tolist() == [0, 15, 255]
     broken = np.array([[0, 1, np.nan, np.inf, -1, -np.inf]], np.float32)
     assert seen(broken, "nan.tif")[0, :, 0].tolist() == [0, 255, 0, 255, 0, 0]
 
