@@ -423,7 +423,7 @@ def attachments(line):
     endings, pictures, rest, start = [".heic", ".heif", *Image.registered_extensions()], [], "", 0
     # where a name may begin or end: at marks, where writing without blanks begins or ends, and behind a picture's ending
     cuts = rf"[^\w/\\~.-]|\.+(?![\w/.])|(?<=[{CJK}])(?![{CJK}])|(?<![{CJK}])(?=[{CJK}])|\Z"
-    cuts = "|".join([cuts, *(f"(?<={re.escape(ending)})(?![a-z0-9])" for ending in endings)])
+    cuts = "|".join([cuts, *(rf"(?<={re.escape(ending)})(?![a-z0-9_~/-]|\.\w)" for ending in endings)])
     marks = [*re.finditer(cuts, line, re.IGNORECASE)]
     while marks:
         # the longest name of a file counts; where none begins, what stands before the next mark is a word
@@ -435,14 +435,13 @@ def attachments(line):
             found = os.path.isfile(path)
             if found:
                 break
-        ending = os.path.splitext(path)[1].lower()
-        shown = found and ending in endings[2:]
+        shown = found and os.path.splitext(path)[1].lower() in endings[2:]
         if found and not shown:
             with suppress(InputError):
                 shown = bool(load_image(path))
         if not shown:
             rest += line[start:mark.start()] + mark[0]
-            if found or ending in endings:
+            if found or re.search(f"({'|'.join(map(re.escape, endings))})(?![a-z0-9])", path, re.IGNORECASE):
                 print(printable(f"(no picture {path} that can be opened: taken as a word)"))
         elif rest[-1:] + mark[0] in PAIRS:  # what stood around the name
             rest = rest[:-1]

@@ -118,6 +118,7 @@ def load_image(path):
         with warnings.catch_warnings(action="ignore"), Image.open(source) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # a phone's; Pillow refuses twice as many
                 image.draft(None, (2048, 2048))
+            image.filename = ""  # a file with a name is mapped, and a mapped TIFF is turned wrong (Pillow 13.0)
             image.load()
             turn = None
             with suppress(Exception):  # what cannot be read of the metadata is as if it was not there
@@ -129,11 +130,12 @@ def load_image(path):
                 image = to_8_bits(image, clear)
             if image.mode != "RGB" or "transparency" in image.info:
                 image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-            image.info = {}  # exif_transpose would write it back, and fail where it is odd
-            image.getexif()[ExifTags.Base.Orientation] = turn
-            return ImageOps.exif_transpose(image)
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+            if turn in range(2, 9):
+                image.info = {}  # exif_transpose would write it back, and fail where it is odd
+                image.getexif()[ExifTags.Base.Orientation] = turn
+                image = ImageOps.exif_transpose(image)
+            return image
     except Exception as error:  # a decoder may raise anything
         raise InputError(f"picture {path} cannot be read: {reason_of(error)}") from error
 
@@ -180,8 +182,9 @@ def preprocess(image, config):
 
     config: the content of preprocessor_config.json, in the old spelling ("size": 224) or the new one
     ("size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}); height and width squash."""
-    longest = 500 * min(image.size)  # all of a thread would take gigabytes
-    image = middle(image, *(min(side, longest) for side in image.size))
+    longest = 500 * min(image.size)
+    if max(image.size) > longest:  # all of a thread would take gigabytes
+        image = middle(image, *(min(side, longest) for side in image.size))
     size, crop = config["size"], config.get("crop_size", config["size"])
     if isinstance(size, int) or "shortest_edge" in size:  # the longer side is cut to an integer, not rounded
         short, scale = size if isinstance(size, int) else size["shortest_edge"], min(image.size)

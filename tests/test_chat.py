@@ -534,7 +534,7 @@ def test_words_that_are_pictures_are_attached(tmp_path, capsys):
     ("What is in cat.png?", "What is in ?"), ("Describe (cat.png)", "Describe"), ("Compare cat.png, and tell me", "Compare , and tell me"),
     ("What is in cat.png ?", "What is in ?"), ("cat.png: why?", ": why?"), ("“cat.png”", ""), ("see <file://{folder}/cat.png>.", "see ."),
     ("**cat.png**", ""), ("[cat.png](cat.png)", ""), ("cat.png,cat.png and cat.png...", ", and ..."), ("cat.png's colour", "'s colour"),
-    ("猫 cat.png。", "猫 。"), ("`cat.png`; `./cat.png`", ""), ("这张cat.png是什么颜色", "这张是什么颜色"), ("cat.pngは何ですか", "は何ですか"), ("cat.png.What?", ".What?"),
+    ("猫 cat.png。", "猫 。"), ("`cat.png`; `./cat.png`", ""), ("这张cat.png是什么颜色", "这张是什么颜色"), ("cat.pngは何ですか", "は何ですか"),
     ("cat.png:what", ":what"), ("image=cat.png+cat.png", "image=+"), ("cat.png?", ""), ('cat.png what does f() do, and [] or ""?', 'what does f() do, and [] or ""?'), ('"my cat (1).png", (my cat (1).png)!', ""), ('"my cat (1).png", (my cat (1).png) why?', ", why?"), ("my cat (1).png and it's.png?", "and ?"),
     ("'it's.png'", ""), ("noending, please", ", please"), ("{folder}/cat.png\tand", "and")])
 def test_a_mark_around_the_name_of_a_picture_is_not_part_of_it(tmp_path, monkeypatch, capsys, line, rest):
@@ -549,11 +549,11 @@ def test_a_mark_around_the_name_of_a_picture_is_not_part_of_it(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("line", ["what is photo.heic?", "notes.txt", "(see notes.txt)", "nowhere.heic?", "nowhere.png, please", "x/cat.png", "my-cat.png",
-                                  "_cat.png_", "https://example.org/cat.png", "svg.svg", "broken"])
+                                  "_cat.png_", "https://example.org/cat.png", "svg.svg.png", "broken", "cat.png.What", "cat.png.bak", "cat.png~", "cat.png/x"])
 def test_a_name_that_is_no_picture_gets_a_notice_and_stays_a_word(tmp_path, monkeypatch, capsys, line):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (4, 4)).save("cat.png")
-    for name in ("photo.heic", "notes.txt", "broken", "svg.svg"):
+    for name in ("photo.heic", "notes.txt", "broken", "svg.svg.png.txt"):
         Path(name).write_text("no picture")
     assert attachments(line) == ([], line)
     assert re.fullmatch(r"\(no picture \S+ that can be opened: taken as a word\)\n", capsys.readouterr().out)

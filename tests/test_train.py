@@ -334,11 +334,12 @@ def test_settings_that_deepspeed_cannot_use_are_named_with_their_file(mine, sett
 @pytest.mark.parametrize("settings, words", [
     ({"optimizer": {"params": {"lr": 1e-12}}}, "lr is set by --learning_rate"), ({"train_batch_size": 4}, "train_batch_size is set by --batch_size"),
     ({"optimizer": {"type": "Adam", "params": {"lr": 1e-12}}}, "lr is set by --learning_rate"), ({"bf16": {"enabled": True}}, "enabled is set by --dtype"),
-    ({"gradient_clipping": "auto"}, "gradient_clipping is 'auto'"), ({"zero_optimization": {"reduce_bucket_size": "auto"}}, "reduce_bucket_size is 'auto'"),
-    ({"optimizer": {"params": {"weight_decay": "auto"}}}, "weight_decay is 'auto'"), ({"activation_checkpointing": {}}, "set by --gradient_checkpointing"),
+    ({"gradient_clipping": "auto"}, 'gradient_clipping is "auto"'), ({"zero_optimization": {"reduce_bucket_size": "auto"}}, 'reduce_bucket_size is "auto"'),
+    ({"optimizer": {"params": {"weight_decay": "auto"}}}, 'weight_decay is "auto"'), ({"optimizer": {"type": None}}, "optimizer.type is null"),
+    ({"gradient_clipping": float("nan")}, "gradient_clipping is nan"), ({"activation_checkpointing": {}}, "set by --gradient_checkpointing"),
     ({"gradient_cliping": 1.0}, "gradient_cliping = 1.0 is not known to DeepSpeed"), ({"zero_optimisation": {}}, "zero_optimisation = {} is not known"),
     ({"gradient_clipping": "1.0"}, "gradient_clipping = '1.0' is not known"), ({"optimizer": []}, "optimizer = [] is not known to DeepSpeed"),
-    ({"zero_optimization": {"offload_optimizer": {"device": "auto"}}}, "zero_optimization.offload_optimizer.device is 'auto'"),
+    ({"zero_optimization": {"offload_optimizer": {"device": "auto"}}}, 'zero_optimization.offload_optimizer.device is "auto"'),
     ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "zero_optimization.offload_optimizer.device is nvme, and there is no nvme_path"),
     ({"optimizer": "AdamW"}, "optimizer = 'AdamW' is not known to DeepSpeed"), ({"zero_optimization": 3}, "zero_optimization = 3 is not known to DeepSpeed")])
 def test_settings_that_are_not_taken_are_named(tmp_path, settings, words):
@@ -382,6 +383,8 @@ def test_settings_that_work(mine):
     (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "gradient_clipping": None}))
     flags = [*flags, "--max_steps", "2", "--overwrite"]
     torch.testing.assert_close(torch.tensor(losses(run(folder, *flags, "--deepspeed_config", folder / "ds.json"))), torch.tensor(losses(run(folder, *flags))))
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"zero_hpz_partition_size": 2}}))
+    run(folder, *flags, "--deepspeed_config", folder / "ds.json", "--micro_batch_size", "2", two=True)
     (folder / "ds.json").write_text(json.dumps({"optimizer": {"type": "Adam", "params": {"torch_adam": True, "adam_w_mode": False, "betas": [0.9, 0.95]}}}))
     torch.testing.assert_close(torch.tensor(losses(run(folder, *flags, "--deepspeed_config", folder / "ds.json"))), torch.tensor(losses(run(folder, *flags))))
 

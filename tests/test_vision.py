@@ -113,6 +113,20 @@ def test_odd_metadata_is_no_reason_to_refuse_a_picture(file):
     assert (np.asarray(load_image(file)) == TURNS[turn](pixels)).all()
 
 
+@pytest.mark.parametrize("kind, mode", [(kind, mode) for kind, modes in (("JPEG", "RGB L CMYK"), ("PNG", "RGB L RGBA"), ("WEBP", "RGB RGBA"),
+                                                                         ("AVIF", "RGB RGBA"), ("TIFF", "RGB L CMYK RGBA")) for mode in modes.split()])
+def test_a_picture_is_turned_as_its_orientation_says(tmp_path, kind, mode):
+    """Also an uncompressed TIFF, which Pillow itself turns wrong where it maps the file"""
+    picture = Image.fromarray((np.arange(40 * 24 * 3) % 251).astype(np.uint8).reshape(24, 40, 3)).convert(mode)
+    for turn in range(10):
+        exif = Image.Exif()
+        exif[0x112] = turn
+        picture.save(tmp_path / "turned", kind, exif=exif)
+        picture.save(tmp_path / "plain", kind)
+        plain = np.asarray(load_image(tmp_path / "plain"))
+        assert (np.asarray(load_image(tmp_path / "turned")) == TURNS.get(turn, TURNS[1])(plain)).all(), turn
+
+
 def test_long_text_and_profiles_beside_the_pixels(tmp_path):
     assert load_image(CASES / "png/ztxt.png").getpixel((0, 0)) == (200, 30, 30)
     for name in ("profile.png", "profile.jpg", "profile.webp"):
