@@ -45,7 +45,7 @@ BROKEN = 0.01  # share of an epoch's samples that may have a missing or broken p
 DEMO = ("--language_model demo/language_model --vision_model demo/vision_model --data_path data/demo/train "
         "--eval_path data/demo/held_out --datasets llava llava_dial otter_mimicit_cgd llava_otter_blend "
         "sparkles_dialogue --samples 1200 1200 all all all --lora_rank 16 --learning_rate 6e-3 --batch_size 16 "
-        "--epochs 1 --deepspeed_config demo/deepspeed.json --overwrite")
+        "--epochs 1 --max_length 1024 --deepspeed_config demo/deepspeed.json --overwrite")
 
 
 def command_line():
