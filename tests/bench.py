@@ -283,7 +283,7 @@ def scale_process(args):
     for what in ("loaded", "saved"):
         most[0], began = 0, time.perf_counter()
         if what == "loaded":
-            model, tokenizer = train.make_model(flags, None, device, torch.bfloat16, partial(deepspeed.zero.Init, config_dict_or_path=settings))
+            model, tokenizer = train.make_model(flags, None, device, torch.bfloat16, deepspeed.zero.Init(config_dict_or_path=settings))
         else:
             with train.frugal():
                 model.save_pretrained(Path(args.folder, "saved"), tokenizer.file)
