@@ -281,6 +281,29 @@ def test_weights_that_are_no_numbers_are_not_saved(mine, when):
     assert not list(folder.glob("out/epoch-*")) and not (folder / "out/best").exists()
 
 
+BAD_HELD_OUT = """
+import sys
+sys.path.insert(0, {root!r})
+import train
+evaluate, calls = train.evaluate, []
+def overflown(*inputs):
+    calls.append(evaluate(*inputs))
+    return [float("inf"), *calls[-1][1:]] if len(calls) == 2 else calls[-1]
+train.evaluate = overflown
+train.main()
+"""
+
+
+def test_a_held_out_loss_that_is_not_finite_stops_the_run(mine):
+    """The weights are numbers, and so is the loss of every step; the state of the epoch before stays"""
+    folder, flags = mine
+    (folder / "overflown.py").write_text(BAD_HELD_OUT.format(root=str(ROOT)))
+    message = run(folder, *flags, "--eval_fraction", "0.25", fails=True, script=folder / "overflown.py")
+    assert message.startswith("train.py: the held-out loss after step 6 is inf, at a learning rate of ") and message.endswith("goes on from step 3")
+    assert sorted(path.name for path in folder.glob("out/*")) == ["best", "epoch-1", "log.jsonl", "resume-3"]
+    assert os.readlink(folder / "out/best") == "epoch-1"
+
+
 def test_a_run_without_anything_to_train_on_is_refused(mine):
     folder, flags = mine
     message = run(folder, *flags, "--max_length", "40", fails=True)
