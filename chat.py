@@ -439,15 +439,14 @@ def attachments(line):
         if found and not shown:
             with suppress(InputError):
                 shown = bool(load_image(path))
-        if not shown:
+        if shown:
+            pictures.append(path)
+            around = rest[-1:] + mark[0] in PAIRS
+            rest = rest[:-1] if around else rest + mark[0]
+        else:
             rest += line[start:mark.start()] + mark[0]
             if found or re.search(f"({'|'.join(map(re.escape, endings))})(?![a-z0-9])", path, re.IGNORECASE):
                 print(printable(f"(no picture {path} that can be opened: taken as a word)"))
-        elif rest[-1:] + mark[0] in PAIRS:  # what stood around the name
-            rest = rest[:-1]
-        else:
-            rest += mark[0]
-        pictures += [path] * shown
         start = mark.end()
         del marks[:marks.index(mark) + 1]
     if not pictures:
@@ -505,10 +504,10 @@ def repl(chat, args, samples=()):
             print(printable(f"({len(chat.rounds)} rounds in {paths[0]})"))
         elif command == "/look":
             drawn = [(*looked, spotlight(*looked[1:], chat.model)) for looked in chat.look()]
-            for number, path, weights, picture in drawn:
-                picture.save(f"look-{number}.png")
+            for n, path, weights, picture in drawn:
+                picture.save(f"look-{n}.png")
                 share = f"{weights.sum():.0%} of what was looked at"
-                print(printable(f"(image {number}, {path}: {share}; look-{number}.png)"))
+                print(printable(f"(image {n}, {path}: {share}; look-{n}.png)"))
         elif command == "/image":
             paths = [os.path.expanduser(path) for path in shlex.split(rest)]
             if not paths:
