@@ -33,15 +33,16 @@ from urllib.parse import unquote
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from data import Tokenizer, Turn, encode, printable
 from mmca import IMAGE, TEXT, Pattern, softmax
 from model import KVCache, VisualChat, choose_device
-from vision import InputError, ViT, load_image, number, positive, preprocess, read_json, reason_of
+from vision import InputError, ViT, fit, load_image, number, positive, preprocess, read_json, reason_of
 
 DEFAULT = Path("out/best")
+HEIGHT, ORANGE = 512, (255, 120, 0)  # of the pictures that /look draws, and where the answer looked
 CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # Chinese, Japanese, Korean
 PAIRS = """() [] {} <> "" '' `` “” ‘’ «» 「」""".split()
 HELP = """Write a question. A picture file that it names is attached to it.
@@ -391,15 +392,34 @@ class Chat:
         return [(*path, part) for path, part in zip(paths[-len(pictures):], weights)]
 
 
-def spotlight(path, weights, model):
-    """A picture as the model saw it, bright where the weights (P) of its tokens are large"""
-    config, pixels = model.preprocessing, preprocess(load_image(path), model.preprocessing)  # (3, S, S)
-    mean, std = (torch.tensor(config[name])[:, None, None] for name in ("image_mean", "image_std"))  # (3, 1, 1)
-    side = int(len(weights) ** 0.5)
-    light = weights[-side * side:].view(1, 1, side, side) / weights[-side * side:].max()     # without the class token
-    light = F.interpolate(light, pixels.shape[1:], mode="bicubic")[0].clamp(0, 1)            # (1, S, S)
-    pixels = (pixels * std + mean) * (0.2 + 0.8 * light) * 255                               # (3, S, S)
-    return Image.fromarray(pixels.clamp(0, 255).byte().permute(1, 2, 0).numpy())
+def look_sheet(looked, config):
+    """What `Chat.look` gives -> one PIL picture: the pictures side by side, the more orange the more was looked there.
+
+    One scale for all of them: no orange where the smallest weight is, seven tenths of it where the largest is. The
+    class token's weight belongs to no place. What `preprocess` cuts off at the sides keeps its colours."""
+    side = int(len(looked[0][2]) ** 0.5)
+    weights = torch.stack([part[-side * side:] for *_, part in looked])                      # (N, places)
+    heat = (weights - weights.min()) / (weights.max() - weights.min()).clamp(min=1e-9)       # (N, places), 0 to 1
+    heat = (0.7 * 255 * heat).byte().view(-1, side, side).numpy()                            # (N, side, side)
+
+    panels = []
+    for (_, path, _), opacity in zip(looked, heat):
+        picture, fitted, kept = fit(load_image(path), config)
+        picture = ImageOps.contain(picture, (3 * HEIGHT, HEIGHT), Image.Resampling.BICUBIC)
+        width, height = (round(part * whole / full) for part, whole, full in zip(kept, picture.size, fitted))
+        left, top = (picture.width - width) // 2, (picture.height - height) // 2
+        mask = Image.fromarray(opacity).resize((width, height), Image.Resampling.BICUBIC)
+        picture.paste(ORANGE, (left, top, left + width, top + height), mask)
+        panels.append(picture)
+
+    sheet = Image.new("RGB", (sum(panel.width + 8 for panel in panels), HEIGHT + 40), "white")
+    draw, left = ImageDraw.Draw(sheet), 4
+    for panel, (number, _, weights) in zip(panels, looked):
+        sheet.paste(panel, (left, (HEIGHT - panel.height) // 2))
+        caption = f"image {number}: {weights.sum():.0%}"
+        draw.text((left + panel.width // 2, HEIGHT + 20), caption, "black", font_size=24, anchor="mm")
+        left += panel.width + 8
+    return sheet
 
 
 def stream(tokens, tokenizer):
@@ -503,11 +523,11 @@ def repl(chat, args, samples=()):
             chat.save(os.path.expanduser(paths[0]))
             print(printable(f"({len(chat.rounds)} rounds in {paths[0]})"))
         elif command == "/look":
-            drawn = [(*looked, spotlight(*looked[1:], chat.model)) for looked in chat.look()]
-            for n, path, weights, picture in drawn:
-                picture.save(f"look-{n}.png")
-                share = f"{weights.sum():.0%} of what was looked at"
-                print(printable(f"(image {n}, {path}: {share}; look-{n}.png)"))
+            looked = chat.look()
+            look_sheet(looked, chat.model.preprocessing).save("look.png")
+            for number, path, weights in looked:
+                print(printable(f"(image {number}, {path}: {weights.sum():.0%} of what was looked at)"))
+            print("(look.png shows where)")
         elif command == "/image":
             paths = [os.path.expanduser(path) for path in shlex.split(rest)]
             if not paths:

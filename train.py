@@ -69,7 +69,8 @@ def command_line():
     add("--embedding_learning_rate", type=number(float, 0, 1e30), help="of the word embedding (default: --learning_rate)")
     add("--warmup", type=number(float, 0, 1), default=0.1, help="share of all steps in which the learning rate rises")
     add("--eval_fraction", type=number(float, 0, 1), default=0.1, help="share of the conversations that is held out")
-    add("--eval_path", type=Path, metavar="DIR", help="hold nothing out, but take the same data sets from this folder")
+    add("--eval_path", type=Path, metavar="DIR", help="hold nothing out, but measure on data sets in this folder")
+    add("--eval_datasets", nargs="+", metavar="NAME", help="those of --eval_path (default: the same as --datasets)")
     add("--workers", type=number(int, 0, 65), default=2, metavar="N", help="that read pictures, for each process")
     add("--zero_stage", type=int, choices=[0, 1, 2, 3], default=3, help="what ZeRO spreads over the processes")
     add("--gradient_checkpointing", action="store_true", help="keep each layer's input and compute the rest again in "
@@ -485,10 +486,15 @@ def split_data(args):
     """-> the data sets and which conversations of each are trained on; those to measure on, and which of theirs"""
     sets = together(lambda: read_datasets(args))  # process 0 first: it makes the index of a picture file
     if not args.eval_path:
+        if args.eval_datasets:
+            raise InputError("--eval_datasets are read from --eval_path: name that folder too")
         split = [hold_out(len(data.drafts), args.eval_fraction, f"{args.seed} {data.name}") for data in sets]
         return sets, [training for training, _ in split], sets, [rest for _, rest in split]
-    names = [str(args.eval_path / Path(name).name) if name.endswith(".json") else name for name in args.datasets]
+    names = [str(args.eval_path / Path(name).name) if name.endswith(".json") else name
+             for name in args.eval_datasets or args.datasets]
     there = argparse.Namespace(**vars(args) | {"data_path": args.eval_path, "datasets": names, "samples": ["all"]})
+    if args.eval_datasets:  # --concatenate is about others
+        there.concatenate = None
     held_sets = together(lambda: read_datasets(there))
     training, rest = ([range(len(data.drafts)) for data in part] for part in (sets, held_sets))
     return sets, training, held_sets, rest
@@ -648,7 +654,7 @@ def train(args, run):
             write(epoch=run.epoch + 1, eval_loss=mean, eval_exact=exact / answers, eval_exact_of=dict(shares))
             bar.write(f"epoch {run.epoch + 1}: held-out loss {mean:.4f}, exact match {exact / answers:.2%}")
             for part, share in shares if len(shares) > 1 else ():
-                bar.write(f"    {part:22}{share:8.2%}")
+                bar.write(f"    {Path(part).stem:22}{share:8.2%}")
         with frugal():
             bases = (args.language_model, args.vision_model) if args.save_trained_only else None
             engine.module.save_pretrained(args.out / name, tokenizer.file, bases)

@@ -176,23 +176,30 @@ def middle(image, width, height):
     return image.crop((left, top, left + width, top + height))
 
 
+def fit(image, config):
+    """PIL picture -> the part of it that counts, and in (width, height) what `preprocess` makes of that: its size when
+    it is fitted, and the size of the middle that is kept. A picture more than 500 times as long as wide counts with
+    its middle alone: all of a thread would take gigabytes."""
+    longest = 500 * min(image.size)
+    if max(image.size) > longest:
+        image = middle(image, *(min(side, longest) for side in image.size))
+    size, crop = config["size"], config.get("crop_size", config["size"])
+    if isinstance(size, int) or "shortest_edge" in size:
+        short = size if isinstance(size, int) else size["shortest_edge"]
+        fitted = tuple(int(short * side / min(image.size)) for side in image.size)  # cut to an integer, not rounded
+    else:
+        fitted = size["width"], size["height"]
+    kept = (crop, crop) if isinstance(crop, int) else (crop.get("width", fitted[0]), crop.get("height", fitted[1]))
+    return image, fitted, kept
+
+
 def preprocess(image, config):
-    """PIL RGB -> (3, S, S) float32, exactly as CLIP does (of a picture more than 500 times as long as wide from its
-    middle): shorter side to `size`, centre crop, mean and deviation.
+    """PIL RGB -> (3, S, S) float32, exactly as CLIP does: shorter side to `size`, centre crop, mean and deviation.
 
     config: the content of preprocessor_config.json, in the old spelling ("size": 224) or the new one
     ("size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}); height and width squash."""
-    longest = 500 * min(image.size)
-    if max(image.size) > longest:  # all of a thread would take gigabytes
-        image = middle(image, *(min(side, longest) for side in image.size))
-    size, crop = config["size"], config.get("crop_size", config["size"])
-    if isinstance(size, int) or "shortest_edge" in size:  # the longer side is cut to an integer, not rounded
-        short, scale = size if isinstance(size, int) else size["shortest_edge"], min(image.size)
-        width, height = (int(short * side / scale) for side in image.size)
-    else:
-        width, height = size["width"], size["height"]
-    across, down = (crop, crop) if isinstance(crop, int) else (crop.get("width", width), crop.get("height", height))
-    image = middle(image.resize((width, height), Image.Resampling.BICUBIC), across, down)
+    image, fitted, kept = fit(image, config)
+    image = middle(image.resize(fitted, Image.Resampling.BICUBIC), *kept)
     mean, std = (torch.tensor(config[name])[:, None, None] for name in ("image_mean", "image_std"))  # (3, 1, 1)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float()         # (3, S, S)
     return pixels.div_(255).sub_(mean).div_(std)                                             # (3, S, S)

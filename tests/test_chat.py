@@ -21,8 +21,8 @@ from conftest import FIXTURES, ROOT, all_logits, tiny_model
 from PIL import Image
 
 import chat as chat_module
-from chat import (Chat, FixedStep, RowLinear, attachments, completions, lay_out, main, pick, places, repl, run_script,
-                  spotlight, stream)
+from chat import (Chat, FixedStep, RowLinear, attachments, completions, lay_out, look_sheet, main, pick, places, repl,
+                  run_script, stream)
 from data import Tokenizer, Turn, encode, own
 from mmca import TEXT, attention_matrix, pattern
 from model import KVCache, Llama, LlamaConfig, make_projection, rotary, rotate
@@ -237,15 +237,26 @@ def test_look_is_the_second_softmax(tmp_path):
         Chat(tiny_model("causal"), TOKENIZER).look()
 
 
-def test_a_spotlight_is_bright_where_the_weights_are_large():
-    weights = torch.zeros(17)
-    weights[0], weights[1 + 4 * 1 + 2] = 9, 1  # the class token is no place; row 1, column 2 of 4 x 4
-    picture = spotlight(PICTURES[0], weights, tiny_model())
-    light = torch.tensor(list(picture.convert("L").get_flattened_data())).view(56, 56).float()
-    whole = spotlight(PICTURES[0], torch.ones(17), tiny_model()).convert("L")
-    light = light / torch.tensor(list(whole.get_flattened_data())).view(56, 56).clamp(min=1)
-    cells = light.view(4, 14, 4, 14).mean((1, 3))
-    assert picture.size == (56, 56) and cells.argmax() == 4 * 1 + 2 and cells.min() < 0.3 < 0.6 < cells.max()
+def test_the_sheet_of_look_is_orange_where_the_weights_are_large(tmp_path):
+    """Pictures side by side at their own shape; what the model does not see of one stays as it is"""
+    wide, square = tmp_path / "wide.png", tmp_path / "square.png"
+    Image.new("RGB", (200, 100), "white").save(wide)
+    Image.new("RGB", (30, 30), "white").save(square)
+    weights = torch.zeros(2, 17)
+    weights[0, 0], weights[0, 1 + 4 * 1 + 2], weights[1, 1 + 4 * 3] = 9, 1, 0.5  # class token, row 1 column 2, row 3 column 0
+    sheet = look_sheet([(3, str(wide), weights[0]), (4, str(square), weights[1])], tiny_model().preprocessing)
+    assert sheet.size == (4 + 1024 + 8 + 512 + 4, 512 + 40)
+    blue = torch.tensor(list(sheet.getchannel("B").get_flattened_data())).view(552, 1552).float()  # orange has none
+    panels = blue[:512, 4:1028], blue[:512, 1036:1548]
+    assert (panels[0][:, :256] == 255).all() and (panels[0][:, 768:] == 255).all()
+    cells = [part.reshape(4, 128, 4, 128)[:, 32:96, :, 32:96].mean((1, 3)) for part in (panels[0][:, 256:768], panels[1])]
+    assert cells[0].argmin() == 4 * 1 + 2 and cells[1].argmin() == 4 * 3
+    assert cells[0].min() < 130 < cells[1].min() < 190 and all(part.flatten().sort()[0][8] > 240 for part in cells)
+    thread = tmp_path / "thread.png"
+    Image.new("RGB", (60_000, 1), "white").save(thread)
+    assert look_sheet([(1, str(thread), weights[0])], tiny_model().preprocessing).size == (1536 + 8, 552)
+    captions = [blue[512:, left:left + 512] for left in (256, 1036)]
+    assert all((part < 100).any() for part in captions) and not torch.equal(*captions)
 
 
 def test_an_interrupted_answer_leaves_a_whole_conversation():
@@ -619,8 +630,8 @@ def test_commands(monkeypatch, capsys, tmp_path):
     assert [r.turn.images for r in talk.rounds] == [PICTURES[:2], PICTURES[2:3]]
     assert "broken.png cannot be read" in out and "taken back: what is file://[x?" in out and "/dev/zero cannot be read: no such" in out
     assert "(1 pictures attached to the next question)" in out and "(2 rounds" not in out and "(1 rounds in talk.json)" in out
-    assert "of what was looked at; look-2.png)" in out and "(no/talk.json cannot be written: No such file" in out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.png", "look-1.png", "look-2.png", "my talk.json", "talk.json"]
+    assert "of what was looked at)\n(look.png shows where)" in out and "(no/talk.json cannot be written: No such file" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.png", "look.png", "my talk.json", "talk.json"]
     assert len(list(own("talk.json", None, None))) == 1
 
 

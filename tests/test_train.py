@@ -129,6 +129,19 @@ def test_eval_path_and_what_each_data_set_comes_to(folder):
     assert abs(result["eval_loss"] - loss / tokens) < 1e-4
 
 
+def test_other_data_sets_can_be_measured_on_than_trained_on(folder):
+    """--eval_datasets, from --eval_path; --concatenate is about those that are trained on"""
+    held, kinds = folder / "held", ["cats.json", "dogs.json", "birds.json"]
+    held.mkdir()
+    for name in kinds:
+        (held / name).write_text(json.dumps([[{"question": "And now?", "answer": f"It is {name}."}]] * 3))
+    flags = ["--datasets", "llava_dial", held / "cats.json", "--concatenate", "2", "1", "--batch_size", "4", "--epochs", "1", "--max_steps", "2",
+             "--eval_datasets", *kinds]
+    assert "--eval_datasets are read from --eval_path" in run(folder, *flags, fails=True)
+    result = next(line for line in run(folder, *flags, "--eval_path", held) if "eval_loss" in line)
+    assert list(result["eval_exact_of"]) == [str(held / name) for name in kinds]
+
+
 def test_without_flags_it_is_the_demo_and_replaces_nothing_else(tmp_path):
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     (tmp_path / "demo").symlink_to(ROOT / "demo")
