@@ -32,7 +32,6 @@ from urllib.parse import unquote
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
@@ -398,8 +397,8 @@ def look_sheet(looked, config):
     One scale for all of them: no orange where the smallest weight is, seven tenths of it where the largest is. The
     class token's weight belongs to no place. What `preprocess` cuts off at the sides keeps its colours."""
     side = int(len(looked[0][2]) ** 0.5)
-    weights = torch.stack([part[-side * side:] for *_, part in looked])                      # (N, places)
-    heat = (weights - weights.min()) / (weights.max() - weights.min()).clamp(min=1e-9)       # (N, places), 0 to 1
+    weights = torch.stack([part[-side * side:] for *_, part in looked])                      # (N, side * side)
+    heat = (weights - weights.min()) / (weights.max() - weights.min()).clamp(min=1e-9)       # (N, side * side), 0 to 1
     heat = (0.7 * 255 * heat).byte().view(-1, side, side).numpy()                            # (N, side, side)
 
     panels = []
@@ -414,9 +413,9 @@ def look_sheet(looked, config):
 
     sheet = Image.new("RGB", (sum(panel.width + 8 for panel in panels), HEIGHT + 40), "white")
     draw, left = ImageDraw.Draw(sheet), 4
-    for panel, (number, _, weights) in zip(panels, looked):
+    for panel, (n, _, weights) in zip(panels, looked):
         sheet.paste(panel, (left, (HEIGHT - panel.height) // 2))
-        caption = f"image {number}: {weights.sum():.0%}"
+        caption = f"image {n}: {weights.sum():.0%}"
         draw.text((left + panel.width // 2, HEIGHT + 20), caption, "black", font_size=24, anchor="mm")
         left += panel.width + 8
     return sheet
@@ -525,8 +524,8 @@ def repl(chat, args, samples=()):
         elif command == "/look":
             looked = chat.look()
             look_sheet(looked, chat.model.preprocessing).save("look.png")
-            for number, path, weights in looked:
-                print(printable(f"(image {number}, {path}: {weights.sum():.0%} of what was looked at)"))
+            for n, path, weights in looked:
+                print(printable(f"(image {n}, {path}: {weights.sum():.0%} of what was looked at)"))
             print("(look.png shows where)")
         elif command == "/image":
             paths = [os.path.expanduser(path) for path in shlex.split(rest)]
