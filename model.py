@@ -40,7 +40,7 @@ def choose_device(device=None, dtype=None):
     device: "cpu", "cuda:1", several with commas between, None for the best there is; dtype: "float32", "bfloat16",
     "float16", None for the best that the devices compute. Returns (list of torch.device, torch.dtype)."""
     devices = []
-    for name in str(device or torch.accelerator.current_accelerator() or "cpu").split(","):
+    for name in str(device or torch.accelerator.current_accelerator(check_available=True) or "cpu").split(","):
         try:
             devices.append(torch.empty(1, device=name).device)
         except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA

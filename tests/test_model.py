@@ -490,3 +490,9 @@ def test_transformers_opens_what_is_saved(tmp_path):
         pixels = torch.randn(2, 3, 56, 56)
         theirs = transformers.CLIPVisionModel.from_pretrained(tmp_path / "it/vision_model", dtype=torch.float32)
         torch.testing.assert_close(model.vision_model(pixels), theirs(pixels).last_hidden_state, atol=1e-4, rtol=0)
+
+
+def test_a_build_for_gpus_runs_on_a_machine_without_one(monkeypatch):
+    """torch knows an accelerator for which it was built, and on a plain pip install of Linux that is CUDA, be there one or not"""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None if check_available else torch.device("cuda"))
+    assert choose_device() == ([torch.device("cpu")], torch.float32)
