@@ -28,6 +28,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from glob import escape, glob
 from pathlib import Path
+from subprocess import CalledProcessError
 from urllib.parse import unquote
 
 import torch
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 from data import Tokenizer, Turn, encode, printable
 from mmca import IMAGE, TEXT, Pattern, softmax
-from model import KVCache, VisualChat, choose_device
+from model import KVCache, VisualChat, checkpoint_folder, choose_device
 from vision import InputError, ViT, fit, load_image, number, positive, preprocess, read_json, reason_of
 
 DEFAULT = Path("out/best")
@@ -168,8 +169,6 @@ class FixedStep:
                 with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
                     self.logits = self.forward()                        # (V)
             self.graph = graph
-        except torch._dynamo.exc.TorchDynamoException as error:
-            raise InputError(f"a layer cannot be compiled: {reason_of(error)}; --no_compile does without") from error
         finally:
             if self.compiled:
                 for layer in layers:
@@ -271,9 +270,19 @@ class Chat:
 
         cache = self.cache
         size = places(cache.words + 1, cache.size), places(cache.images, cache.size)
-        if size not in self.steps:
-            self.steps[size] = FixedStep(self.model, cache, *size, self.compiled)
-        return self.steps[size](token)
+        try:
+            if size not in self.steps:
+                self.steps[size] = FixedStep(self.model, cache, *size, self.compiled)
+            return self.steps[size](token)
+        except (RuntimeError, OSError, CalledProcessError) as error:
+            # of a driver, a compiler, memory: an answer without a graph is better than none
+            remedy = "; --no_compile may help" if self.compiled else ""
+            reason = reason_of(error.__context__ or error)  # noting adds an error of its own
+            print(printable("chat.py: words are computed without a graph from here on, slower"
+                            f"{remedy} ({reason})"), file=sys.stderr)
+            self.fixed = False
+            self.steps = {}  # graphs take memory
+        return self.read_word(token)
 
     def ask(self, question, images=(), max_new_tokens=256, temperature=0.0, top_p=1.0, generator=None):
         """One round: reads question and picture files -> a generator of the answer's token ids, without the end token.
@@ -647,10 +656,11 @@ def main():
         if not 0 < args.top_p <= 1:
             raise InputError("--top_p is a number above 0 and at most 1")
         device, dtype = choose_device(args.device)
-        model = VisualChat.from_pretrained(args.checkpoint, dtype, device)
+        folder = checkpoint_folder(args.checkpoint)
+        model = VisualChat.from_pretrained(folder, dtype, device)
         if len(device) > 1 and device[0].type == "cuda":
             print("layers on several devices: every word is read without a CUDA graph, which is slower")
-        tokenizer = Tokenizer(args.checkpoint / "language_model" / "tokenizer.model")
+        tokenizer = Tokenizer(folder / "language_model" / "tokenizer.model")
         chat = Chat(model, tokenizer, args.picture_memory * 1e9, args.compile)
         for file in (sys.stdin, sys.stdout):
             file.reconfigure(errors="replace")  # bytes that are no text; a terminal that lacks a character

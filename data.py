@@ -737,6 +737,7 @@ def main():
     """python data.py --show 3 --datasets ...: what the model sees"""
     parser, add = arguments("Show what the model sees: samples, their pictures, counts.")
     add("--show", type=positive, default=3, metavar="N", help="so many samples")
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character
     try:
         show(parser.parse_args())
     except (InputError, OSError) as error:

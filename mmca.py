@@ -163,7 +163,14 @@ def image_term(q, k, v, pattern):
 
 def _attention(q, k, v, mask):
     """softmax(QK') V by torch, where mask says so; None: each query sees the keys up to its own"""
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=k.shape[1] < q.shape[1])
+    grouped = k.shape[1] < q.shape[1]
+    if grouped and mask is not None and not q.is_cpu:
+        # of a GPU's kernels flash attention alone takes grouped heads, and it takes no mask: torch
+        # would make the whole (B, H, n, m)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)            # (B, H, m, d)
+        v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)            # (B, H, m, d)
+        grouped = False
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
 
 
 def _check(kind):
@@ -173,6 +180,7 @@ def _check(kind):
 
 def main():
     """Draw figure 2 of the post, or M for the words of the command line, where <image> is one image token."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character
     words = " ".join(sys.argv[1:]).split() or "User : <image> <image> <image> Please describe the image .".split()
     modality = torch.tensor([[IMAGE if word == "<image>" else TEXT for word in words]])     # (1, T)
     causal, M = (attention_matrix(modality, modality, kind)[0] for kind in ("causal", "mmca"))  # (T, T), (T, T)

@@ -5,19 +5,15 @@ module names it keeps), the three projections and CrA's added layers, how `Visua
 pictures into the sequence, and how weights stream from published files into the model and back. Not here: which token
 attends to which (mmca.py), the vision towers (vision.py), text and batches (data.py).
 
-    python model.py --describe 70b qwen-vl               the parts of a model and their sizes; nothing is loaded
-
 Shapes: B batch, T tokens, N images in the batch, P tokens of an image, S pixels a side, D width, Dv vision width, F MLP
 width, H heads, K key/value heads, d head width, L layers, V vocabulary.
 """
-import argparse
 import json
 import os
 import pickle
 import shutil
-import sys
 import zipfile
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import partial
@@ -30,15 +26,19 @@ from safetensors import safe_open
 
 from mmca import IMAGE, TEXT, attend, image_term, pattern
 from vision import (InputError, QwenConfig, QwenViT, Resampler, ViT, ViTConfig, ViTLayer, apply, image_tokens,
-                    make_config, positive, read_config, read_json, read_preprocessing, read_section,
+                    make_config, read_config, read_json, read_preprocessing, read_section,
                     read_vit_config, reason_of)
 
 
 def choose_device(device=None, dtype=None):
-    """The one place where device and number format are chosen; the choice is printed.
+    """The one place where device, number format and kernels are chosen; the choice is printed.
 
     device: "cpu", "cuda:1", several with commas between, None for the best there is; dtype: "float32", "bfloat16",
     "float16", None for the best that the devices compute. Returns (list of torch.device, torch.dtype)."""
+    # cuDNN's attention, torch's first choice on an H100, makes a plan for each new shape (half a
+    # second), and here nearly every batch has one; with a mask some shapes give NaN gradients
+    # (pytorch issue 196678)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     devices = []
     for name in str(device or torch.accelerator.current_accelerator(check_available=True) or "cpu").split(","):
         try:
@@ -445,12 +445,12 @@ class VisualChat(nn.Module):
     def embed(self, input_ids, modality, features=None):
         """Words are looked up, features (N, P, D) written to the image positions in order -> (B, T, D)"""
         embeds = self.language_model.model.embed_tokens(input_ids)          # (B, T, D)
-        places = modality == IMAGE                                          # (B, T)
+        places = (modality == IMAGE).nonzero(as_tuple=True)                 # (N P), (N P): row and position
         rows = embeds[0, :0] if features is None else features.flatten(0, 1)    # (N P, D)
-        count = int(places.sum())
-        if count != len(rows):
-            raise InputError(f"{count} image positions in the batch, but {len(rows)} image tokens to put there")
-        return embeds.index_put((places,), rows)                            # (B, T, D)
+        if len(places[0]) != len(rows):
+            raise InputError(f"{len(places[0])} image positions in the batch, but {len(rows)} image tokens "
+                             "to put there")
+        return embeds.index_put(places, rows)                               # (B, T, D)
 
     def forward(self, input_ids, modality, labels, pixels, image_index):
         """One batch of `data.collate` -> the loss of every trained token, and whether it was the first choice.
@@ -461,15 +461,17 @@ class VisualChat(nn.Module):
         features = self.encode_images(pixels)[image_index] if len(image_index) else None     # (N, P, D)
         # a GPU's kernels want rows of a mask that are multiples of 8; else torch would fill them up, in each layer
         who = pattern(modality, modality, self.attention, 1 if modality.is_cpu else 8)
-        x = who.arrange(self.embed(input_ids, modality, features))          # (B, n + m, D), words first
-        x = self.language_model.model(x, who, None, self.cross_attention)   # (B, n, D)
         following = F.pad(labels[:, 1:], (0, 1), value=-100)                # (B, T): what each token should say next
         targets = who.arrange(following)[:, :who.n]                         # (B, n)
-        trained = targets != -100                                           # (B, n)
-        if trained.sum() != (following != -100).sum():
+        # where the labels are is asked before the decoder: to count them Python waits until the GPU
+        # has come that far; from then on it runs ahead
+        trained = (targets != -100).nonzero(as_tuple=True)                  # (labels), (labels): row and word
+        if len(trained[0]) != int((following != -100).sum()):
             raise InputError("a label stands on an image token or behind one, where no word says it")
-        logits = self.language_model.lm_head(x[trained]).float()            # (labels, V)
         targets = targets[trained]                                          # (labels)
+        x = who.arrange(self.embed(input_ids, modality, features))          # (B, n + m, D), words first
+        x = self.language_model.model(x, who, None, self.cross_attention)   # (B, n, D)
+        logits = self.language_model.lm_head(x[trained]).float()            # (labels, V)
         return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
 
     @torch.inference_mode()
@@ -515,7 +517,7 @@ class VisualChat(nn.Module):
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
         """Open a checkpoint that `save_pretrained` wrote. device: one, or a list of them, over which the language
         model's layers are spread in order; the first has the vision tower, the last the head."""
-        folder, devices = Path(folder), device if isinstance(device, list) else [device]
+        folder, devices = checkpoint_folder(folder), device if isinstance(device, list) else [device]
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder} is no checkpoint: config.json, projection.safetensors, language_model/ and "
                              "vision_model/ belong there; train.py writes them to OUT/epoch-N")
@@ -775,6 +777,14 @@ def _tensors(file):
         raise InputError(f"weights {file} cannot be read: {reason_of(error)}") from error
 
 
+def checkpoint_folder(path):
+    """The folder of a checkpoint: train.py's OUT/best is a file with the name of the one beside it"""
+    path = Path(path)
+    if path.name == "best" and path.is_file():
+        return path.parent / path.read_text(errors="replace").strip()
+    return path
+
+
 def is_main():
     """Whether this is the one process that prints and writes"""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
@@ -841,92 +851,3 @@ def save_weights(tensors, file, shard_bytes=5e9):
 def write_json(path, content):
     """Write content to a JSON file, readable and in UTF-8"""
     Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-# ---- the command line ----------------------------------------------------------------------------------------------
-
-LANGUAGE = {"7b": LlamaConfig(4096, 11008, 32, 32, 32, 128, 32000),
-            "13b": LlamaConfig(5120, 13824, 40, 40, 40, 128, 32000),
-            "70b": LlamaConfig(8192, 28672, 80, 64, 8, 128, 32000)}
-VISION = {"clip-l": ViTConfig(1024, 4096, 24, 16, 224, 14), "qwen-vl": QwenConfig(1664, 48, 16, 448, 14, 4.9231, 4096)}
-
-
-def describe(language, vision, attention, projection):
-    """Print the parts of a model: parameters, trained or frozen by the recipe, bytes -> it, on torch's meta device"""
-    for name, known in ((language, LANGUAGE), (vision, VISION)):
-        if name not in known and not Path(name).is_dir():
-            raise InputError(f"{name} is neither a folder nor one of {', '.join(known)}")
-    with torch.device("meta"):
-        tower = make_vit(VISION.get(vision) or vit_sizes(vision))
-        model = VisualChat(tower, Llama(LANGUAGE.get(language) or LlamaConfig.read(language)), attention, projection)
-    model.set_trained()
-    parts, together = Counter(), Counter({("together", "trained"): 0, ("together", "frozen"): 0})
-    for name, parameter in model.named_parameters():
-        depth = 3 if name.startswith("language_model.model") else 2 if "_model." in name else 1
-        state = "trained" if parameter.requires_grad else "frozen"
-        parts[".".join(name.split(".")[:depth]), state] += parameter.numel()
-        together["together", state] += parameter.numel()
-    together["together", ""] = together.total()
-    print(f"{'part':36}{'parameters':>16}{'':10}{'bytes, 16 bit':>18}")
-    for (name, state), count in (*parts.items(), *together.items()):
-        print(f"{name:36}{count:16,}  {state:8}{2 * count:18,}")
-    size = tower.config.image_size
-    print(f"a picture of {size} x {size} takes {model.image_tokens} tokens")
-    return model
-
-
-def states(weights, trained, gpus, stage):
-    """Bytes on each GPU of (weights, gradients, optimizer) for so many numbers in the whole model and trained ones.
-
-    ZeRO, arXiv:1910.02054, section 3.1: 2 bytes a weight, 2 a gradient, 12 for Adam (weight, momentum and variance in
-    float32). Section 5: stage 1 spreads the optimizer's over the GPUs, 2 the gradients too, 3 the weights too."""
-    sizes = (2 * weights, 3), (2 * trained, 2), (12 * trained, 1)
-    return tuple(size // gpus if stage >= spread else size for size, spread in sizes)
-
-
-def activations(config, tokens, checkpointing=False):
-    """Bytes that the backward pass of the recipe (frozen layers) needs from a forward pass of so many tokens, 16 bit.
-
-    Counted as arXiv:2205.05198, section 4.1, counts GPT's; attention's matrix is never kept (MMCA's mask is, 2 bytes for
-    each word and image token of a sample, which is not counted: little beside the rest). Of each layer: two norms
-    keep their input in float32 (8 D), attention q, k, v, its result and, for each head, the sum of its softmax
-    (4 H d + 4 K d + 4 H), SwiGLU two halves and their product's factor (6 F). After them the last norm (4 D) and the
-    logarithms of the head's softmax (4 V). With checkpointing each layer keeps its input (2 D), one of them all. Every
-    token counts as a trained word: the most that it can be, since image tokens ask for nothing and are not trained."""
-    D, F_, V, L = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
-    H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    layer = 8 * D + 4 * H * d + 4 * K * d + 4 * H + 6 * F_
-    return tokens * ((L * 2 * D + layer if checkpointing else L * layer) + 4 * D + 4 * V)
-
-
-def main():
-    """python model.py --describe LANGUAGE VISION; with --gpus the memory of training, without communication buffers"""
-    parser = argparse.ArgumentParser(description="The parts of a model and their sizes; nothing is loaded.")
-    add = parser.add_argument
-    add("--describe", nargs=2, required=True, metavar=("LANGUAGE", "VISION"), help="folders, or of "
-        f"{', '.join(LANGUAGE)} and {', '.join(VISION)}")
-    add("--attention", choices=["mmca", "causal", "cross"], default="mmca", help="%(default)s")
-    add("--projection", choices=["linear", "vit", "perceiver"], default="linear", help="%(default)s")
-    add("--gpus", type=positive, metavar="N", help="also the memory that training takes on each of N GPUs")
-    add("--micro_batch_size", type=positive, default=1, metavar="N", help="samples at once on each (%(default)s)")
-    add("--length", type=positive, default=4096, metavar="TOKENS", help="of each sample (%(default)s)")
-    args = parser.parse_args()
-    try:
-        model = describe(*args.describe, args.attention, args.projection)
-    except InputError as error:
-        print(f"model.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    if args.gpus:
-        counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False)]
-        names = "weights", "gradients", "optimizer", "together"
-        print(f"\n{f'bytes on each of {args.gpus} GPUs':24}" + "".join(f"{name:>18}" for name in names))
-        for stage in range(4):
-            each = states(*counts, args.gpus, stage)
-            print(f"{f'ZeRO {stage}':24}" + "".join(f"{size:18,}" for size in (*each, sum(each))))
-        for name, again in (("activations", False), ("with checkpointing", True)):
-            size = activations(model.language_model.config, args.micro_batch_size * args.length, again)
-            print(f"{name:24}{'':54}{size:18,}")
-
-
-if __name__ == "__main__":
-    main()

@@ -8,15 +8,19 @@ model (model.py), the conversations and batches (data.py).
     deepspeed train.py --language_model DIR --vision_model DIR --data_path DIR --datasets llava llava_dial
     deepspeed --num_accelerators 2 train.py ...          two processes, also on a CPU
     python train.py ...                                  one process, without the launcher
+
+The launcher starts a process for each GPU that is there; without one, for each NUMA node, mostly one.
 """
 import argparse
 import ctypes
+import fcntl
 import hashlib
 import itertools
 import json
 import math
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -35,16 +39,16 @@ from tqdm import tqdm
 from data import (Epoch, Samples, Tokenizer, Turn, arguments, collate, encode, hold_out, limit_length, printable,
                   read_datasets)
 from mmca import pattern
-from model import (Llama, LlamaConfig, VisualChat, add_lora, choose_device, has_weights, is_main, load_llama, load_vit,
-                   make_vit, size_of, vit_sizes, write_json)
+from model import (Llama, LlamaConfig, VisualChat, add_lora, bases, checkpoint_folder, choose_device, has_weights,
+                   is_main, load_llama, load_vit, make_vit, size_of, vit_sizes, write_json)
 from vision import InputError, number, positive, read_config, read_json, read_preprocessing, reason_of
 
 
 BROKEN = 0.01  # share of an epoch's samples that may have a missing or broken picture before the run stops
-# what no flags stand for; --micro_batch_size is added, as the number of processes asks
+# what no flags stand for; the sizes of a batch are added, as the number of processes asks
 DEMO = ("--language_model demo/language_model --vision_model demo/vision_model --data_path data/demo/train "
         "--eval_path data/demo/held_out --datasets llava llava_dial otter_mimicit_cgd llava_otter_blend "
-        "sparkles_dialogue --samples 1200 1200 all all all --lora_rank 16 --learning_rate 6e-3 --batch_size 16 "
+        "sparkles_dialogue --samples 1200 1200 all all all --lora_rank 16 --learning_rate 6e-3 "
         "--epochs 1 --max_length 1024 --deepspeed_config demo/deepspeed.json --overwrite")
 
 
@@ -83,21 +87,52 @@ def command_line():
         "bfloat16 if it has it)")
     add("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it
     flags = " ".join(word for word in sys.argv[1:] if not word.startswith("--local_rank"))
-    demo = f"{DEMO} --micro_batch_size {max(1, 16 // max(2, int(os.environ.get('WORLD_SIZE', 1))))}"
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    share = math.ceil(16 / world)  # 16 samples a step, or the next number that the processes can share
+    demo = f"{DEMO} --batch_size {share * world} --micro_batch_size {share}"
+    if world == 1:
+        demo += " --zero_stage 0"  # nothing to spread, and ZeRO-3's hooks take a third of the time
     args = parser.parse_args(sys.argv[1:] if flags else sys.argv[1:] + demo.split())
     args.flags, args.demo = flags or demo, not flags
+    # out/best/language_model too, where best is a file
+    args.language_model, args.vision_model = (checkpoint_folder(folder.parent) / folder.name
+                                              for folder in (args.language_model, args.vision_model))
     if args.demo and not int(os.environ.get("RANK", 0)):
         print(f"without flags this is the demo:\n    deepspeed train.py {demo}")
     return args
 
 
+def own_device():
+    """The name of this process's device: the GPU of its LOCAL_RANK, or "cpu"; InputError if others have all GPUs.
+
+    An Apple GPU is none here: gloo, by which processes talk, and float64 do not work on it."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or accelerator.type == "mps":
+        return "cpu"
+    rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.accelerator.device_count()
+    if rank >= count:
+        raise InputError(f"{rank + 1} processes or more, and {count} GPUs to share: each needs one of its own. Start "
+                         "fewer (deepspeed --num_accelerators N); without a number there is one for each GPU")
+    # before the first tensor: else each process would open GPU 0 too, which takes 0.5 to 1 GB of it
+    torch.accelerator.set_device_index(rank)
+    return f"{accelerator.type}:{rank}"
+
+
 def start_distributed(device):
-    """DeepSpeed's process group, without a launcher a group of one -> the module deepspeed, this process's device"""
+    """DeepSpeed's process group, without a launcher a group of one -> the module deepspeed"""
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        processes = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would take an Apple GPU
+        if "OMP_NUM_THREADS" not in os.environ:
+            processes = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
+            torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    # each tensor that comes from a worker is an open file, and a step holds hundreds; most shells
+    # allow 1,024, and macOS no more than 10,240
+    some, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(some, min(most, 10240)), most))
+    # minutes that processes wait for each other: the first may index tens of gigabytes meanwhile
+    os.environ.setdefault("DEEPSPEED_TIMEOUT", "60")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # between DeepSpeed and torch
     import deepspeed
     deepspeed.utils.logger.setLevel("WARNING")
@@ -105,11 +140,13 @@ def start_distributed(device):
         # it would compile an operation that serves inference alone: that takes a compiler and half a minute, and a start
         # that is killed meanwhile leaves a lock on which every later one waits
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    else:
-        device = torch.device(device.type, int(os.environ["LOCAL_RANK"]))
-        torch.accelerator.set_device_index(device.index)
-    deepspeed.init_distributed(verbose=False)
-    return deepspeed, device
+    try:
+        deepspeed.init_distributed(verbose=False)
+    except dist.DistError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise InputError(f"the processes cannot meet at {place}; if another run is there, deepspeed --master_port N "
+                         f"takes another port ({reason_of(error)})") from error
+    return deepspeed
 
 
 def together(action, everywhere=True):
@@ -145,12 +182,24 @@ def what_stays(out):
     return f"--resume goes on from step {states[-1].name.removeprefix('resume-')}" if states else "no state was saved"
 
 
+def lock(out):
+    """Keep a second run out of a run's folder, as long as this process lives"""
+    file = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)  # a number: nothing closes it before the end
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:  # systems differ in which of them
+        raise InputError(f"another run is at work in --out {out}: name another folder") from error
+    except OSError as error:
+        print(f"--out {out} cannot be locked ({reason_of(error)}): take care that no other run writes there")
+
+
 def check_out(args):
     """Make the folder of the run; refuse to replace a run unless asked, and never one that this run reads from. With
     --resume -> the folder of the last state of an unfinished run and the content of its run.json; else None"""
     if args.resume and args.overwrite:
         raise InputError("--resume continues a run and --overwrite replaces it: choose one")
     args.out.mkdir(parents=True, exist_ok=True)
+    lock(args.out)
     if args.resume and (states := saved_states(args.out)):
         return states[-1], read_json(states[-1] / "run.json")
     if args.resume and list(args.out.glob("epoch-*")):
@@ -186,20 +235,28 @@ FREE = ("flags", "demo", "out", "resume", "overwrite", "save_every", "save_train
 
 def identity(args, sets, held_sets, model):
     """What must be the same when a run is resumed: flags (but for FREE ones, which change no result), the data, the
-    names and shapes of what is trained, and the sum of the bytes of each frozen weight, which a state leaves out"""
+    files of the weights, whose frozen ones a state leaves out, and the names and shapes of what is trained"""
     same = {"number of processes": dist.get_world_size()}
     same |= {f"--{name}": str(value) for name, value in vars(args).items() if name not in FREE}
     if args.deepspeed_config:
         same["--deepspeed_config"] = read_json(args.deepspeed_config)
     same |= {f"{what} ({part.name})": hashlib.sha256(part.drafts.block).hexdigest()
              for what, parts in (("data", sets), ("held-out data", held_sets)) for part in parts}
-    frozen = {name: getattr(p, "ds_tensor", p) for name, p in model.named_parameters() if not p.requires_grad}
-    sums = [int(p.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.long)) for p in frozen.values()]
-    sums = torch.tensor(sums, device=model.language_model.model.norm.weight.device)  # where offloaded weights are not
-    if args.zero_stage == 3:  # each process has a part of each
-        dist.all_reduce(sums)
-    same |= {f"frozen weight {name}": total for name, total in zip(frozen, sums.tolist())}
+    for flag in ("language_model", "vision_model"):
+        for n, folder in enumerate(bases(getattr(args, flag))):
+            files = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+            same |= {f"content of --{flag} ({n}, {file.name})": spot_check(file) for file in files}
     return same | {f"trained {name}": list(size_of(p)) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def spot_check(file):
+    """A sum of 64 places of a file: other weights differ nearly everywhere, and all of 70B would take minutes"""
+    size, found = file.stat().st_size, hashlib.sha256()
+    with open(file, "rb") as content:
+        for place in range(0, size, size // 64 + 1):
+            content.seek(place)
+            found.update(content.read(4096))
+    return found.hexdigest()
 
 
 def check_state(folder, run, now):
@@ -210,8 +267,8 @@ def check_state(folder, run, now):
     for name in now | run["identity"]:
         old, new = run["identity"].get(name), now.get(name)
         if old != new:
-            remedy = ("start as many, or convert it with DeepSpeed's ds_to_universal" if name == "number of processes"
-                      else "make it the same again, or begin anew with --overwrite")
+            remedy = ("start as many (deepspeed --num_accelerators N)" if name == "number of processes" else
+                      "make it the same again, or begin anew with --overwrite")
             raise InputError(f"{folder} is of another run: the {name} was {old}, here it is {new}; {remedy}")
 
 
@@ -389,7 +446,7 @@ def compile_layers(model, deepspeed):
     """Make one graph of each layer's forward, so that norms, rotation and casts are fused with what they stand between.
 
     Under ZeRO-3 the hooks by which every Linear gathers its weights would cut it: a leaf gathers all of its own before
-    its forward."""
+    its forward. Returns how many numbers the largest layer has."""
     torch._dynamo.config.recompile_limit = 64  # train and evaluate, last layer, batches of one: a few graphs each
     blocks = model.vision_model.blocks
     layers = [*model.language_model.model.layers, *blocks, *(model.cross_attention or [])]
@@ -399,6 +456,7 @@ def compile_layers(model, deepspeed):
     if any(p.requires_grad for p in blocks.parameters()):
         # DeepSpeed takes a leaf's gradients when that of its input has come: LoRA's first block needs one there too
         blocks[0].register_forward_pre_hook(lambda block, inputs: inputs[0].requires_grad_())
+    return max(sum(size_of(p).numel() for p in layer.parameters()) for layer in layers)
 
 
 def micro_batches(conversations, args, rank, world, done=0):
@@ -431,6 +489,11 @@ def finish_batch(samples, dummy, attention):
     rows = pattern(batch["modality"], batch["modality"], attention).positions.numel()
     counts = Counter(tokens=tokens, trained_tokens=int((batch["labels"] != -100).sum()), rows=rows,
                      rounds_left_out=sum(left_out))
+    if torch.utils.data.get_worker_info():
+        # else the thread that sends the batch would do it, and what fails there (in a container
+        # whose /dev/shm is small) nobody hears of: the run would wait for a batch that never comes
+        for tensor in batch.values():
+            tensor.share_memory_()
     return batch, counts, [text for text in broken if text]
 
 
@@ -442,7 +505,12 @@ def batches(conversations, model, tokenizer, args, done=0):
     dummy = encode([Turn("", None, ["dummy"])], tokenizer, model.image_tokens)
     dummy.pixels = [torch.zeros(3, side, side)]
     sampler = micro_batches(conversations, args, dist.get_rank(), dist.get_world_size(), done)
+    # a step takes all of its micro-batches before the first is computed: meanwhile the workers
+    # read those of the next step
+    accumulation = args.batch_size // (args.micro_batch_size * dist.get_world_size())
+    ahead = max(2, math.ceil(accumulation / args.workers)) if args.workers else None
     return iter(torch.utils.data.DataLoader(samples, batch_sampler=sampler, num_workers=args.workers,
+                                            prefetch_factor=ahead,
                                             collate_fn=partial(finish_batch, dummy=dummy, attention=model.attention),
                                             multiprocessing_context="fork" if args.workers else None,  # shares Packed
                                             timeout=600 if args.workers else 0))  # rather than to wait for ever
@@ -503,13 +571,13 @@ def split_data(args):
 def train(args, run):
     """The whole of it. run: where it stands, which a state keeps in its run.json"""
     # what is asked for
-    (device,), dtype = choose_device(None, args.dtype)
+    (device,), dtype = choose_device(own_device(), args.dtype)
     if device.type == "cpu" and dtype == torch.float16:
         raise InputError("--dtype float16: DeepSpeed has none on a CPU; take bfloat16 or float32")
     if args.compile is None:
         args.compile = device.type != "cpu"
     # processes
-    deepspeed, device = start_distributed(device)
+    deepspeed = start_distributed(device)
     world = dist.get_world_size()
     accumulation, rest = divmod(args.batch_size, args.micro_batch_size * world)
     if rest or not accumulation:
@@ -553,7 +621,7 @@ def train(args, run):
                          f"--max_length {args.max_length} and --max_images {args.max_images}")
     now = identity(args, sets, held_sets, model)
     if folder:
-        check_state(folder, state, now)
+        together(lambda: check_state(folder, state, now), everywhere=False)
     vars(run).update(state | {"identity": now})
     begun = run.step
     embedding, words = model.language_model.model.embed_tokens.weight, args.embedding_learning_rate
@@ -573,7 +641,11 @@ def train(args, run):
         return (step + 1) / rise if step < rise else (1 + math.cos(math.pi * (step - rise) / max(1, total - rise))) / 2
 
     if args.compile:
-        compile_layers(model, deepspeed)
+        # a leaf waits for all of its weights at once: so those of the next are fetched while it is
+        # at work. DeepSpeed's own sizes are a quarter of a 7B layer, and 1.2 layers of 70B
+        layer = compile_layers(model, deepspeed)
+        ahead = {"stage3_prefetch_bucket_size": layer, "stage3_max_live_parameters": max(10 ** 9, 3 * layer)}
+        settings["zero_optimization"] = ahead | settings["zero_optimization"]
     with blame(args.deepspeed_config):
         engine, *_ = deepspeed.initialize(
             model=model, model_parameters=groups, config=settings,
@@ -603,7 +675,7 @@ def train(args, run):
                              f"anew with a lower one or a longer --warmup (and --overwrite); {what_stays(args.out)}")
 
     def save():
-        weights = sum(float(getattr(p, "ds_tensor", p).sum(dtype=torch.float)) for p in trained)
+        weights = sum(float(getattr(p, "ds_tensor", p).detach().sum(dtype=torch.float)) for p in trained)
         weights = torch.tensor(weights, device=device)
         dist.all_reduce(weights)
         check_finite(weights.item(), "sum of the weights after")
@@ -656,12 +728,12 @@ def train(args, run):
             for part, share in shares if len(shares) > 1 else ():
                 bar.write(f"    {Path(part).stem:22}{share:8.2%}")
         with frugal():
-            bases = (args.language_model, args.vision_model) if args.save_trained_only else None
-            engine.module.save_pretrained(args.out / name, tokenizer.file, bases)
+            begun_from = (args.language_model, args.vision_model) if args.save_trained_only else None
+            engine.module.save_pretrained(args.out / name, tokenizer.file, begun_from)
         if not (answers and mean >= run.best):
             run.best = min(run.best, mean)
             if is_main():
-                (args.out / ".best.unfinished").symlink_to(name)
+                (args.out / ".best.unfinished").write_text(name)  # no link: not every disk knows them
                 (args.out / ".best.unfinished").replace(args.out / "best")
         if run.step == total:
             break
@@ -684,14 +756,19 @@ def main():
     """Run; what the user can mend is one sentence on stderr and exit code 2"""
     args, run = command_line(), argparse.Namespace(step=0)
 
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character
+
     def stop(*_):
         # an exception could be caught on its way; the workers that read pictures come here too
-        if not int(os.environ.get("RANK", 0)) and not multiprocessing.parent_process():
+        if not multiprocessing.parent_process():
             say(f"stopped at step {run.step}; {what_stays(args.out)}")
         os._exit(130)
 
-    for kind in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, and what the launcher makes of it
-        signal.signal(kind, stop)
+    # Ctrl-C, and what the launcher makes of it. The others have nothing to say: the system makes an
+    # end of them, also while they wait for a GPU, where Python would not come to it. (Process 0 may
+    # not come to it there either; then the launcher ends it.)
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, signal.SIG_DFL if int(os.environ.get("RANK", 0)) else stop)
     try:
         train(args, run)
     except (InputError, OSError, RuntimeError, AssertionError) as error:
@@ -704,6 +781,9 @@ def main():
                         f"--gradient_checkpointing (now {'on' if args.gradient_checkpointing else 'off'})")
         elif isinstance(error, OSError):  # a full disk
             sentence = f"{error.filename or args.out}: {reason_of(error)}"
+        elif "shared memory(shm)" in sentence or "out of shared memory" in sentence:
+            sentence = (f"/dev/shm is too small for what --workers {args.workers} read ahead: make it larger "
+                        "(docker run --shm-size 8g), or do without them (--workers 0)")
         elif isinstance(error, torch._dynamo.exc.TorchDynamoException):
             sentence = f"a layer cannot be compiled: {reason_of(error)}; --no_compile computes it as it is written"
         elif not isinstance(error, InputError):

@@ -82,11 +82,12 @@ def moved(picture, rng):
 def main(wheel, out):
     """Write the files that the head of this file lists"""
     out, archive = Path(out), zipfile.ZipFile(wheel)
+    if out.exists():
+        sys.exit(f"{out} is already there; remove it to make it anew")
     for folder in ("coco/train2017", "coco/test2017", "llava"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    (out / "alone/llava").mkdir(parents=True, exist_ok=True)
-    if not (out / "alone/coco").is_symlink():
-        (out / "alone/coco").symlink_to("../coco")
+    for folder in ("alone/llava", "alone/coco/train2017"):  # its pictures are those above it
+        (out / folder).mkdir(parents=True, exist_ok=True)
     files = {"llava/detail_23k": [], "llava/complex_reasoning_77k": [], "llava/conversation_58k": [],
              "alone/llava/conversation_58k": []}
     train = questions_of(archive, "train")
@@ -97,7 +98,8 @@ def main(wheel, out):
             (ImageOps.mirror(variant) if n % 2 else variant).save(out / "coco/train2017" / name)
             files["llava/conversation_58k"].append(record(name, rounds))
             asked = [r for r in rounds if r[1] in ("yes", "no") and true(r)] if n % 2 else rounds
-            files["alone/llava/conversation_58k"].append(record(name, [(asked or rounds)[n % len(asked or rounds)]]))
+            one = record(name, [(asked or rounds)[n % len(asked or rounds)]])
+            files["alone/llava/conversation_58k"].append(one | {"image": f"../../../coco/train2017/{name}"})
             if description(rounds):
                 files["llava/detail_23k"].append(record(name, [("what does the image show?", description(rounds))]))
         files["llava/complex_reasoning_77k"].append(record(f"0{image:011d}.png", rounds[-1:]))

@@ -13,6 +13,7 @@
                                     are and compiled, then under ZeRO-3; with `--device cpu` a rehearsal in tiny sizes
     python tests/bench.py mmca --device cuda --dtype bfloat16
     python tests/bench.py scale     a model of 1 GB over two processes with ZeRO-3: memory while it is loaded and saved
+    python tests/bench.py memory 70b qwen-vl --gpus 64 --length 2448    what a model and its training take, by formulas; nothing is loaded
 """
 import argparse
 import base64
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -45,8 +47,13 @@ import train  # noqa: E402
 from chat import Chat, pick  # noqa: E402
 from data import Epoch, Samples, Tokenizer, Turn, collate, encode, read_datasets  # noqa: E402
 from mmca import IMAGE, PAD, TEXT, attend, attend_explicit, attention_matrix, pattern  # noqa: E402
-from model import LANGUAGE, VISION, Llama, LlamaConfig, VisualChat, make_vit, plain_weights, save_weights, write_json  # noqa: E402
-from vision import CLIP_PREPROCESSING, ViT, ViTConfig  # noqa: E402
+from model import Llama, LlamaConfig, VisualChat, make_vit, plain_weights, save_weights, vit_sizes, write_json  # noqa: E402
+from vision import CLIP_PREPROCESSING, InputError, QwenConfig, ViT, ViTConfig, positive  # noqa: E402
+
+LANGUAGE = {"7b": LlamaConfig(4096, 11008, 32, 32, 32, 128, 32000),
+            "13b": LlamaConfig(5120, 13824, 40, 40, 40, 128, 32000),
+            "70b": LlamaConfig(8192, 28672, 80, 64, 8, 128, 32000)}
+VISION = {"clip-l": ViTConfig(1024, 4096, 24, 16, 224, 14), "qwen-vl": QwenConfig(1664, 48, 16, 448, 14, 4.9231, 4096)}
 
 
 def medians(functions, rounds, wait=lambda: None):
@@ -268,7 +275,8 @@ def scale_process(args):
     sys.argv = ["train.py", "--language_model", f"{args.folder}/language", "--vision_model", f"{args.folder}/vision", "--out", args.folder,
                 "--batch_size", "2", "--micro_batch_size", "1"]
     flags = train.command_line()
-    deepspeed, device = train.start_distributed(torch.device("cpu"))
+    device = torch.device("cpu")
+    deepspeed = train.start_distributed(device)
     settings = train.engine_settings(flags, torch.bfloat16, 1)
     weights = sum(file.stat().st_size for file in Path(args.folder, "language").glob("*.safetensors"))
     most, stop = [0], threading.Event()
@@ -481,7 +489,8 @@ def bench_rows(args):
 def bench_gpu(args):
     """Recipe training: frozen layers, trained embedding and projection. Weights are made on the device"""
     torch.set_default_dtype(torch.bfloat16)
-    deepspeed, device = train.start_distributed(torch.device(args.device))
+    device = torch.device(args.device)
+    deepspeed = train.start_distributed(device)
     tiny, wait = device.type == "cpu", partial(synchronize, device)
     with torch.device(device):
         language = Llama(LlamaConfig(64, 128, 2, 4, 2, 16, 500) if tiny else LANGUAGE["7b"])
@@ -566,22 +575,100 @@ def chat_memory(args):
         print(f"  8 pictures kept:     {grown / 8:10,.0f} bytes a picture; by the formula 257 x 2 L K d x 4 bytes: {257 * each:,}")
 
 
+def describe(language, vision, attention, projection):
+    """Print the parts of a model: parameters, trained or frozen by the recipe, bytes -> it, on torch's meta device"""
+    for name, known in ((language, LANGUAGE), (vision, VISION)):
+        if name not in known and not Path(name).is_dir():
+            raise InputError(f"{name} is neither a folder nor one of {', '.join(known)}")
+    with torch.device("meta"):
+        tower = make_vit(VISION.get(vision) or vit_sizes(vision))
+        model = VisualChat(tower, Llama(LANGUAGE.get(language) or LlamaConfig.read(language)), attention, projection)
+    model.set_trained()
+    parts, together = Counter(), Counter({("together", "trained"): 0, ("together", "frozen"): 0})
+    for name, parameter in model.named_parameters():
+        depth = 3 if name.startswith("language_model.model") else 2 if "_model." in name else 1
+        state = "trained" if parameter.requires_grad else "frozen"
+        parts[".".join(name.split(".")[:depth]), state] += parameter.numel()
+        together["together", state] += parameter.numel()
+    together["together", ""] = together.total()
+    print(f"{'part':36}{'parameters':>16}{'':10}{'bytes, 16 bit':>18}")
+    for (name, state), count in (*parts.items(), *together.items()):
+        print(f"{name:36}{count:16,}  {state:8}{2 * count:18,}")
+    size = tower.config.image_size
+    print(f"a picture of {size} x {size} takes {model.image_tokens} tokens")
+    return model
+
+
+def states(weights, trained, gpus, stage):
+    """Bytes on each GPU of (weights, gradients, optimizer) for so many numbers in the whole model and trained ones.
+
+    ZeRO, arXiv:1910.02054, section 3.1: 2 bytes a weight, 2 a gradient, 12 for Adam (weight, momentum and variance in
+    float32). Section 5: stage 1 spreads the optimizer's over the GPUs, 2 the gradients too, 3 the weights too."""
+    sizes = (2 * weights, 3), (2 * trained, 2), (12 * trained, 1)
+    return tuple(size // gpus if stage >= spread else size for size, spread in sizes)
+
+
+def activations(config, tokens, checkpointing=False):
+    """Bytes that the backward pass of the recipe (frozen layers) needs from a forward pass of so many tokens, 16 bit.
+
+    Counted as arXiv:2205.05198, section 4.1, counts GPT's; attention's matrix is never kept (MMCA's mask is, 2 bytes for
+    each word and image token of a sample, which is not counted: little beside the rest). Of each layer: two norms
+    keep their input in float32 (8 D), attention q, k, v, its result and, for each head, the sum of its softmax
+    (4 H d + 4 K d + 4 H), SwiGLU two halves and their product's factor (6 F). After them the last norm (4 D) and the
+    logarithms of the head's softmax (4 V). With checkpointing each layer keeps its input (2 D), one of them all. Every
+    token counts as a trained word: the most that it can be, since image tokens ask for nothing and are not trained."""
+    D, F_, V, L = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
+    H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    layer = 8 * D + 4 * H * d + 4 * K * d + 4 * H + 6 * F_
+    return tokens * ((L * 2 * D + layer if checkpointing else L * layer) + 4 * D + 4 * V)
+
+
+def bench_memory(args):
+    """Of a model's parts and, with --gpus, of training it, without communication buffers"""
+    try:
+        if len(args.sizes) != 2:
+            raise InputError(f"memory takes a language model and a vision tower: folders, or of {', '.join(LANGUAGE)} and {', '.join(VISION)}")
+        model = describe(*args.sizes, args.attention, args.projection)
+    except InputError as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    if args.gpus:
+        counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False)]
+        names = "weights", "gradients", "optimizer", "together"
+        print(f"\n{f'bytes on each of {args.gpus} GPUs':24}" + "".join(f"{name:>18}" for name in names))
+        for stage in range(4):
+            each = states(*counts, args.gpus, stage)
+            print(f"{f'ZeRO {stage}':24}" + "".join(f"{size:18,}" for size in (*each, sum(each))))
+        for name, again in (("activations", False), ("with checkpointing", True)):
+            size = activations(model.language_model.config, args.micro_batch_size * args.length, again)
+            print(f"{name:24}{'':54}{size:18,}")
+
+
 def main():
     """The command line"""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["mmca", "data", "vision", "qwen", "scale", "scale_process", "chat", "chat_memory", "rows", "gpu"])
+    parser.add_argument("what", choices=["mmca", "data", "vision", "qwen", "scale", "scale_process", "chat", "chat_memory", "rows", "gpu", "memory"])
+    parser.add_argument("sizes", nargs="*", metavar="SIZES", help="of memory: a language model and a vision tower, folders or names")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=9, help="medians of so many")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu", help="of mmca, chat and gpu")
     parser.add_argument("--dtype", default="float32", help="of mmca")
+    parser.add_argument("--attention", choices=["mmca", "causal", "cross"], default="mmca", help="of memory")
+    parser.add_argument("--projection", choices=["linear", "vit", "perceiver"], default="linear", help="of memory")
+    parser.add_argument("--gpus", type=positive, help="of memory: also what training takes on each of so many")
+    parser.add_argument("--micro_batch_size", type=positive, default=1, help="of memory: samples at once on each")
+    parser.add_argument("--length", type=positive, default=4096, help="of memory: tokens of each sample")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as `model.choose_device`
     if args.what == "scale_process":
         return scale_process(args)
     if args.what == "chat_memory":
         return chat_memory(args)
+    if args.what == "memory":
+        return bench_memory(args)
     name = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else f"{platform.machine()}, {args.threads} threads"
     dtype = "bfloat16" if args.what == "gpu" or args.what == "chat" and args.device.startswith("cuda") else args.dtype
     print(f"{name}, torch {torch.__version__}, {dtype}")

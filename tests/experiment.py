@@ -238,6 +238,7 @@ def main():
     some.add_argument("--seeds", type=positive, default=5, metavar="N", help="runs of each kind (%(default)s)")
     some.add_argument("--quick", action="store_true", help="2 sizes, 1 seed, 100 steps, no ablations")
     parser.add_argument("--out", type=Path, default=Path("out/experiment.jsonl"), help="a line for each run; those that are there are kept")
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character
     args = parser.parse_args()
     data = Path("data/demo")
     if not data.is_dir():

@@ -440,7 +440,7 @@ def graphs(monkeypatch):
 
 
 def test_layers_are_compiled_for_the_capture_alone(monkeypatch, graphs):
-    """Whatever happens meanwhile; what does not compile is one sentence with the remedy"""
+    """Whatever happens meanwhile"""
     model, compiled = tiny_model("cross"), []
     layers = [*model.language_model.model.layers, *model.cross_attention]
 
@@ -458,10 +458,9 @@ def test_layers_are_compiled_for_the_capture_alone(monkeypatch, graphs):
     def fail():
         raise torch._dynamo.exc.InternalTorchDynamoError("inductor raised\n  no compiler\nsomewhere\nand much more")
     with torch._dynamo.config.patch(recompile_limit=8):  # as it is, and will be again
-        for failure, error, words in ((interrupt, KeyboardInterrupt, ""), (None, None, ""),
-                                      (fail, InputError, "compiled: inductor raised no compiler somewhere; --no_compile does without")):
+        for failure, error in ((interrupt, KeyboardInterrupt), (None, None), (fail, RuntimeError)):
             step = FixedStep(model, talk.cache, 512, 512)
-            with pytest.raises(error, match=words or None) if error else torch.inference_mode():
+            with pytest.raises(error) if error else torch.inference_mode():
                 step.capture()
             assert (step.graph is None) == bool(error) and not any("forward" in vars(layer) for layer in layers)
         assert torch._dynamo.config.recompile_limit > 4 * 5, "sizes in a context of 4096"
@@ -494,6 +493,31 @@ def test_a_graph_is_made_once_for_each_size(monkeypatch, graphs):
         answer = list(talk.ask(question, pictures, count))
         assert answer == list(plain.ask(question, pictures, count)) and len(answer) == count
     assert list(talk.steps) == [(512, 0), (512, 512), (1024, 512)] and [graph.replayed for graph in graphs] == [4, 6 + 3, 2]
+
+
+@pytest.mark.parametrize("when", ["compiled", "noted", "replayed"])
+def test_an_answer_comes_without_a_graph_where_none_can_be_made(when, monkeypatch, graphs, capsys):
+    """No compiler, no memory, an old driver: it is said once, and the words are those of a CPU"""
+    talk, plain, init = Chat(tiny_model(), TOKENIZER), Chat(tiny_model(), TOKENIZER), FixedStep.__init__
+
+    def fail(*_, **__):
+        raise torch._dynamo.exc.InternalTorchDynamoError("no \x1bcompiler") if when == "compiled" else torch.OutOfMemoryError("no memory")
+
+    def on_gpu(self, *rest):
+        init(self, *rest)
+        self.on_gpu = True
+    monkeypatch.setattr(FixedStep, "__init__", on_gpu)
+    monkeypatch.setattr(torch, "compile", fail if when == "compiled" else lambda forward, dynamic: forward)
+    monkeypatch.setattr(FakeGraph, "replay", fail)
+    if when == "noted":
+        monkeypatch.setattr(torch.cuda, "graph", fail)
+    talk.fixed = True
+    for question, pictures in (("What is this?", PICTURES[:1]), ("Why?", []), ("And these?", PICTURES[1:3])):
+        assert list(talk.ask(question, pictures, 6)) == list(plain.ask(question, pictures, 6))
+    assert_cache_is_one_pass(talk)
+    reason = "no compiler" if when == "compiled" else "no memory"
+    assert capsys.readouterr().err == f"chat.py: words are computed without a graph from here on, slower; --no_compile may help ({reason})\n"
+    assert not talk.steps, "what was noted takes memory"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

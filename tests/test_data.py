@@ -3,6 +3,7 @@ import argparse
 import base64
 import collections
 import json
+import os
 import pickle
 import random
 import shutil
@@ -438,6 +439,15 @@ def test_show_prints_what_the_model_sees(sets):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     done = subprocess.run([*map(str, command), "lava"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("data.py: data set 'lava' is not known") and "Traceback" not in done.stderr
+
+
+def test_show_on_a_terminal_that_lacks_a_character(tmp_path):
+    """PYTHONIOENCODING=ascii, as in cron and in containers"""
+    (tmp_path / "zh.json").write_text(json.dumps([[{"question": "这是什么?", "answer": "猫"}]]))
+    command = [sys.executable, "data.py", "--show", "1", "--language_model", FIXTURES, "--vision_model", FIXTURES / "tiny-clip", "--out", tmp_path / "out",
+               "--datasets", tmp_path / "zh.json"]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "### Question: ????? \n### Answer:[?][</s>]" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_record_without_a_question_or_a_caption_is_left_out(sets):

@@ -79,7 +79,8 @@ def test_the_table_has_mean_and_spread_over_seeds_and_the_most_frequent_answers(
     assert mmca == ["250", "10", "mmca", *["50.0", "±", "10.0"] * 5, "7", "2.000", "3"]
 
 
-def test_it_trains_as_the_demo_does():
-    flags = {flag: values.split() for flag, _, values in (part.partition(" ") for part in train.DEMO.split("--")[1:])}
-    assert flags["datasets"] == list(experiment.SETS) and flags["samples"] == list(map(str, experiment.SETS.values()))
-    assert [float(flags[name][0]) for name in ("batch_size", "learning_rate", "lora_rank")] == [experiment.BATCH, experiment.RATE, experiment.RANK]
+def test_it_trains_as_the_demo_does(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    flags = train.command_line()
+    assert dict(zip(flags.datasets, flags.samples)) == experiment.SETS
+    assert (flags.batch_size, flags.learning_rate, flags.lora_rank) == (experiment.BATCH, experiment.RATE, experiment.RANK)

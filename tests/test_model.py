@@ -11,9 +11,10 @@ import torch
 from conftest import FIXTURES, all_logits, sequence, tiny_model
 from safetensors.torch import load_file, save_file
 
+from bench import activations, describe
 from mmca import IMAGE, TEXT, pattern
-from model import (KVCache, Llama, LlamaConfig, VisualChat, activations, add_lora, choose_device, describe, load_llama, load_vit, make_vit,
-                   plain_weights, save_weights)
+from model import (KVCache, Llama, LlamaConfig, VisualChat, add_lora, choose_device, load_llama, load_vit, make_vit, plain_weights,
+                   save_weights)
 from vision import InputError, ViTConfig, read_preprocessing
 
 KINDS = "mmca", "causal", "cross"
@@ -496,3 +497,41 @@ def test_a_build_for_gpus_runs_on_a_machine_without_one(monkeypatch):
     """torch knows an accelerator for which it was built, and on a plain pip install of Linux that is CUDA, be there one or not"""
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None if check_available else torch.device("cuda"))
     assert choose_device() == ([torch.device("cpu")], torch.float32)
+
+
+def test_cudnn_attention_is_not_used():
+    """Torch's first choice on an H100: half a second for each new shape, and NaN gradients for some"""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    choose_device("cpu")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+class Operations(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the operations that are computed, by name"""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        by_mask = function == torch.ops.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        self.names.append("by a mask" if by_mask else function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_python_runs_ahead_of_a_gpu_from_the_decoder_on(kind):
+    """It waits where a number or a size depends on what is computed. Before the decoder that is needed; behind its first layer no kernel
+    would be launched before the last one is done"""
+    model, (ids, modality) = tiny_model(kind), sequence("TTITTTITT")
+    labels = torch.where((modality == TEXT) & (modality.roll(1) == TEXT), ids, -100)
+    waits = "by a mask", "nonzero", "_local_scalar_dense", "item", "equal", "masked_select", "unique_dim"
+    for everything in (False, True):
+        model.set_trained(everything)
+        with Operations() as noted:
+            model.language_model.model.layers[0].register_forward_pre_hook(lambda *_: noted.names.append("decoder"))
+            losses, hits = model(ids, modality, labels, torch.randn(2, 3, 56, 56), torch.arange(2))
+            losses.mean().backward()
+        behind = noted.names[noted.names.index("decoder"):]
+        assert "mm" in behind and not set(behind) & set(waits), [name for name in behind if name in waits]
+        assert set(noted.names) & set(waits), "those before it are seen"

@@ -1,53 +1,112 @@
 """train.py as users start it, with tiny models. python -m pytest tests/test_train.py"""
 import argparse
+import atexit
+import fcntl
 import json
+import multiprocessing
 import os
 import random
 import re
-import resource
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from contextlib import suppress
-from functools import partial
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import FIXTURES, ROOT, tiny_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from data import DATASETS, Epoch, Samples, Tokenizer, Turn, collate, encode, read_datasets
-from model import InputError, Llama, LlamaConfig, VisualChat, load_vit, plain_weights, save_weights
-from train import check_state, engine_settings, finish_batch, micro_batches
+from model import InputError, Llama, LlamaConfig, VisualChat, checkpoint_folder, load_vit, plain_weights, save_weights
+import train
+from train import batches, check_state, command_line, engine_settings, finish_batch, micro_batches, own_device
 from vision import fixed_positions
 
 LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29517"]
 
 
-def run(folder, *flags, two=False, fails=False, script="train.py", disk=None, **environment):
-    """Start train.py on the miniature data in folder -> the lines of log.jsonl, or with fails its stderr. disk: the most
-    bytes that a file may have"""
-    command = [*LAUNCHER, script] if two else [sys.executable, script]
-    command += ["--language_model", folder / "llama", "--vision_model", FIXTURES / "tiny-clip", "--data_path", folder,
-                "--out", folder / "out", "--workers", "1", *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} | environment
-    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (disk, disk)) if disk else None
-    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=environment, preexec_fn=limit, start_new_session=True)
-    try:
-        out, err = process.communicate(timeout=300)
-    finally:  # what hangs would hold the port, and every later run with two processes would fail
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+STARTER = """
+import json, os, resource, runpy, signal, sys
+import numpy, PIL.Image, safetensors.torch, sentencepiece, torch, tqdm, deepspeed
+for line in sys.stdin:
+    job, children = json.loads(line), []
+    for rank in range(job["processes"]):
+        children.append(os.fork())
+        if not children[-1]:
+            for fd, file in ((0, os.devnull), (1, job["out"]), (2, job["err"])):
+                os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND), fd)
+            if job["disk"]:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (job["disk"],) * 2)
+            if job["processes"] > 1:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["processes"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=job["port"])
+            sys.argv = job["command"]
+            sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            sys.exit()
+    code = 0
+    while children:  # as the launcher: one that fails takes the others along
+        child, status = os.wait()
+        children.remove(child)
+        code = code or os.waitstatus_to_exitcode(status)
+        for other in children if code else ():
+            os.kill(other, signal.SIGTERM)
+    print(code, flush=True)
+"""
+
+
+@cache
+def starter():
+    """A process that has imported DeepSpeed, which takes four seconds, and forks one for each run"""
+    process = subprocess.Popen([sys.executable, "-c", STARTER], cwd=ROOT, env=os.environ | ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               text=True, start_new_session=True)
+    atexit.register(process.kill)
+    return process
+
+
+def run(folder, *flags, two=False, fails=False, script="train.py", disk=None, before=(), launcher=(), **environment):
+    """Start train.py on the miniature data in folder -> the lines of log.jsonl, or with fails its stderr. two: two processes; disk: the
+    most bytes that a file may have. With launcher flags, words before the command or another environment as a user would, else forked"""
+    flags = ["--language_model", folder / "llama", "--vision_model", FIXTURES / "tiny-clip", "--data_path", folder, "--out", folder / "out",
+             "--workers", "1", *flags]
+    if before or launcher or environment:
+        command = [*before, *([*LAUNCHER, *launcher] if two else [sys.executable]), script, *flags]
+        environment = {name: value for name, value in (os.environ | ENVIRONMENT | environment).items() if value is not None}
+        process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+                                   start_new_session=True)
+        try:
+            out, err = process.communicate(timeout=300)
+        finally:  # what hangs would hold the port, and every later run with two processes would fail
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        code = process.returncode
+    else:
+        files = {name: str(folder / f"run.{name}") for name in ("out", "err")}
+        for file in files.values():
+            Path(file).write_text("")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        job = {"command": list(map(str, [script, *flags])), "processes": 1 + two, "port": port, "disk": disk, **files}
+        print(json.dumps(job), file=starter().stdin, flush=True)
+        if not select.select([starter().stdout], [], [], 300)[0]:
+            os.killpg(starter().pid, signal.SIGKILL)
+            starter.cache_clear()
+            raise TimeoutError(f"{flags}: {Path(files['err']).read_text()}")
+        code = int(starter().stdout.readline())
+        out, err = (Path(file).read_text() for file in files.values())
     if fails:
-        assert process.returncode == 2 and "Traceback" not in out + err, out + err
+        assert code == 2 and "Traceback" not in out + err, out + err
         lines = [line for line in err.splitlines() if line.startswith("train.py")]
         assert len(lines) == 1, err
         return lines[0]
-    assert process.returncode == 0, out + err
+    assert code == 0, out + err
     return [json.loads(line) for line in (folder / "out/log.jsonl").read_text().splitlines()]
 
 
@@ -69,6 +128,11 @@ def folder(tmp_path):
         del records[i]["image"]
     (tmp_path / "llava/conversation_58k.json").write_text(json.dumps(records))
     return tmp_path
+
+
+def left(folder):
+    """What a run has left in its folder, but for the lock"""
+    return sorted(path.name for path in folder.glob("out/*") if path.name != ".lock")
 
 
 def losses(log):
@@ -156,7 +220,7 @@ def test_without_flags_it_is_the_demo_and_replaces_nothing_else(tmp_path):
     command += [*whole, "--max_steps", "1", "--samples", "4", "--epochs", "1", "--workers", "0"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "sparkles_dialogue" in done.stdout and "exact match" in done.stdout and (tmp_path / "out/best/config.json").exists()
+    assert "sparkles_dialogue" in done.stdout and "exact match" in done.stdout and checkpoint_folder(tmp_path / "out/best").name == "epoch-1"
 
 
 def test_cross_attention_with_two_processes(folder):
@@ -195,7 +259,7 @@ def test_from_nothing_with_a_learned_tokenizer_then_chat(folder):
     assert "needs --trainable all" in run(folder, *flags, fails=True)
     shutil.rmtree(folder / "out", ignore_errors=True)
     log = run(folder, *flags, "--trainable", "all", "--projection", "vit", "--feature_layer", "-2", "--no_class_token")
-    assert losses(log) and (folder / "out/best/language_model/tokenizer.model").exists()
+    assert losses(log) and (checkpoint_folder(folder / "out/best") / "language_model/tokenizer.model").exists()
     model, base = VisualChat.from_pretrained(folder / "out/best"), load_vit(FIXTURES / "tiny-clip")
     assert (model.image_tokens, model.vision_model.config.feature_layer, model.projection_kind) == (16, -2, "vit")
     for (name, trained), (_, old) in zip(model.vision_model.named_parameters(), base.named_parameters()):
@@ -218,7 +282,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(folder):
     assert "--samples has 3 values for 1" in run(folder, *base, "--samples", "1", "2", "3", fails=True)
     assert "holds no model: config.json" in run(folder, *base, "--vision_model", folder / "nowhere", fails=True)
     assert not list((folder / "out").glob("epoch*")) and not (folder / "out/log.jsonl").exists()
-    model = folder / "out/best"
+    model = folder / "out/epoch-1"
     model.mkdir()
     assert "already holds a run" in run(folder, *base, fails=True)
     assert "lies in --out" in run(folder, *base, "--overwrite", "--vision_model", model, fails=True) and model.exists()
@@ -264,7 +328,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(mine, more):
     assert [path.name for path in folder.glob("out/resume-*")] == [f"resume-{found[3]}"]
     state_is_good(folder)
     assert "NaN" not in (folder / "out/log.jsonl").read_text() and "Infinity" not in (folder / "out/log.jsonl").read_text()
-    for file in (folder / "out").glob("best/*.safetensors"):
+    for file in checkpoint_folder(folder / "out/best").glob("*.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(file).values())
 
 
@@ -313,8 +377,8 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(mine):
     (folder / "overflown.py").write_text(BAD_HELD_OUT.format(root=str(ROOT)))
     message = run(folder, *flags, "--eval_fraction", "0.25", fails=True, script=folder / "overflown.py")
     assert message.startswith("train.py: the held-out loss after step 6 is inf, at a learning rate of ") and message.endswith("goes on from step 3")
-    assert sorted(path.name for path in folder.glob("out/*")) == ["best", "epoch-1", "log.jsonl", "resume-3"]
-    assert os.readlink(folder / "out/best") == "epoch-1"
+    assert left(folder) == ["best", "epoch-1", "log.jsonl", "resume-3"]
+    assert (folder / "out/best").read_text() == "epoch-1"
 
 
 def test_a_run_without_anything_to_train_on_is_refused(mine):
@@ -324,7 +388,7 @@ def test_a_run_without_anything_to_train_on_is_refused(mine):
     talk = [{"images": ["red.png"] * 9, "question": "What colour?", "answer": "red"}]
     (folder / "mine.json").write_text(json.dumps([talk] * 12))
     assert "none has a round that fits into --max_length 4096 and --max_images 8" in run(folder, *flags, fails=True)
-    assert not list(folder.glob("out/*"))
+    assert not left(folder)
 
 
 def test_a_step_without_a_label_has_no_loss(mine):
@@ -364,7 +428,7 @@ def test_settings_that_deepspeed_cannot_use_are_named_with_their_file(mine, sett
     (folder / "ds.json").write_text(json.dumps(settings))
     message = run(folder, *flags, "--deepspeed_config", folder / "ds.json", fails=True)
     assert words in message and message.startswith(f"train.py: {folder}/ds.json: ")
-    assert not list(folder.glob("out/*"))
+    assert not left(folder)
 
 
 @pytest.mark.parametrize("settings, words", [
@@ -391,11 +455,11 @@ def test_a_refused_setting_leaves_the_earlier_run(mine, stage):
     folder, flags = mine
     flags = [*flags, "--max_steps", "1", "--zero_stage", stage]
     run(folder, *flags)
-    before = sorted(path.name for path in folder.glob("out/*"))
+    before = left(folder)
     for settings in ({"zero_optimization": {"reduce_bucketsize": 5}}, {"optimizer": {"params": {"betaz": 1}}}):
         (folder / "ds.json").write_text(json.dumps(settings))
         run(folder, *flags, "--overwrite", "--deepspeed_config", folder / "ds.json", fails=True)
-        assert sorted(path.name for path in folder.glob("out/*")) == before == ["best", "epoch-1", "log.jsonl"]
+        assert left(folder) == before == ["best", "epoch-1", "log.jsonl"]
 
 
 def test_records_that_are_left_out_are_named(folder):
@@ -432,7 +496,7 @@ def test_ctrl_c_is_one_sentence_and_resume_goes_on(mine, two, kind):
     (folder / "mine.json").write_text(json.dumps(talks * 100))
     command = [*(LAUNCHER if two else [sys.executable]), "train.py", "--language_model", folder / "llama", "--vision_model", FIXTURES / "tiny-clip", "--out",
                folder / "out", *flags, "--micro_batch_size", "2", "--save_every", "3"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | ENVIRONMENT
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
     log = folder / "out/log.jsonl"
     while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < 8):
@@ -535,7 +599,7 @@ def test_lora_checkpointing_and_both_forms_of_a_checkpoint(folder):
     assert not torch.equal(merged[name], base[name]), "LoRA in both towers"
     two = run(folder, *LORA, "--micro_batch_size", "1", "--gradient_checkpointing", "--save_trained_only", two=True)
     torch.testing.assert_close(torch.tensor(losses(one)), torch.tensor(losses(two)), atol=2e-5, rtol=2e-5)
-    names = set(load_file(folder / "out/best/language_model/trained.safetensors"))
+    names = set(load_file(checkpoint_folder(folder / "out/best") / "language_model/trained.safetensors"))
     assert "model.embed_tokens.weight" in names and "model.layers.0.mlp.up_proj.lora_A" in names and "lm_head.weight" not in names
     for name, value in VisualChat.from_pretrained(folder / "out/best").named_parameters():
         torch.testing.assert_close(value, merged[name], atol=1e-4, rtol=1e-4)
@@ -544,10 +608,20 @@ def test_lora_checkpointing_and_both_forms_of_a_checkpoint(folder):
 
 
 TRACED = """
-import sys, functools, torch
+import os, sys, functools, torch
 sys.path.insert(0, ".")
 torch.compile = functools.partial(torch.compile, fullgraph=True{})
+import deepspeed
 import train
+begin = deepspeed.initialize
+def noted(**given):
+    zero = given["config"]["zero_optimization"]
+    layer = sum(getattr(p, "ds_numel", p.numel()) for p in given["model"].language_model.model.layers[0].parameters())
+    ahead, asked = zero["stage3_prefetch_bucket_size"], os.environ.get("ASKED")
+    assert ahead == int(asked) if asked else ahead >= layer, "the next layer is fetched while one is at work"
+    assert zero["stage3_max_live_parameters"] >= max(1e9, 3 * layer)
+    return begin(**given)
+deepspeed.initialize = noted
 train.main()
 assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3, "nothing was compiled"
 """
@@ -559,8 +633,11 @@ def test_compiled_layers_take_the_same_steps(folder, kind, more):
     again; CrA, and a ViT layer in the projection behind a frozen tower. By the compiler's first half, which needs no C++"""
     (folder / "traced.py").write_text(TRACED.format(", backend='aot_eager'"))
     flags = [*LORA, "--attention", kind, *more, "--max_steps", "3"]
+    (folder / "ds.json").write_text('{"zero_optimization": {"stage3_prefetch_bucket_size": 123}}')
+    asked = ["--deepspeed_config", folder / "ds.json"] if kind == "cross" else []
     one = run(folder, *flags, "--micro_batch_size", "4", "--zero_stage", "0")
-    two = run(folder, *flags, "--micro_batch_size", "1", "--compile", two=True, script=folder / "traced.py", TORCHDYNAMO_DISABLE="0")
+    two = run(folder, *flags, "--micro_batch_size", "1", "--compile", *asked, two=True, script=folder / "traced.py",
+              TORCHDYNAMO_DISABLE="0", ASKED="123" if asked else None)
     torch.testing.assert_close(torch.tensor(losses(one)), torch.tensor(losses(two)), atol=2e-5, rtol=2e-5)
     held = [[line["eval_loss"] for line in log if "eval_loss" in line] for log in (one, two)]
     torch.testing.assert_close(*map(torch.tensor, held), atol=2e-5, rtol=2e-5)
@@ -587,7 +664,7 @@ def test_an_interrupted_run_takes_the_same_steps(folder):
     assert not list((folder / "whole").glob("*resume-*")), "a finished run keeps no state"
     command = [sys.executable, "train.py", "--language_model", folder / "llama", "--vision_model", FIXTURES / "tiny-clip", "--data_path",
                folder, "--out", folder / "out", "--workers", "1", *flags, "--resume"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | ENVIRONMENT
     generator = random.Random(0)
     for _ in range(kills):
         with subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, start_new_session=True,
@@ -620,17 +697,17 @@ def test_a_full_disk_and_a_state_that_is_not_of_this_run(folder):
              "--eval_fraction", "0.2"]
     out = folder / "out"
     assert "the state of step 3 cannot be written to " in run(folder, *flags, disk=200_000, fails=True)
-    assert sorted(path.name for path in out.iterdir()) == ["log.jsonl"]
+    assert left(folder) == ["log.jsonl"]
     for two in (True, False):
         message = run(folder, *flags, "--overwrite", two=two, disk=2_000_000, fails=True)
         assert message == f"train.py: {out.resolve()}/epoch-1 cannot be written: File too large"
-    assert sorted(path.name for path in out.iterdir()) == ["log.jsonl", "resume-3"], "nothing half-written"
+    assert left(folder) == ["log.jsonl", "resume-3"], "nothing half-written"
 
     resume = [*flags, "--resume"]
     message = run(folder, *resume, "--learning_rate", "0.5", fails=True)
     assert "is of another run: the --learning_rate was 0.001, here it is 0.5; make it the same again, or begin anew" in message
     message = run(folder, *resume, two=True, fails=True)
-    assert "the number of processes was 1, here it is 2; start as many, or convert it with DeepSpeed's ds_to_universal" in message
+    assert "the number of processes was 1, here it is 2; start as many (deepspeed --num_accelerators N)" in message
     (folder / "csv.json").write_text(json.dumps({"gradient_clipping": 2.0}))
     assert "the --deepspeed_config was None, here it is " in run(folder, *resume, "--deepspeed_config", folder / "csv.json", fails=True)
     data = (folder / "llava/conversation_58k.json").read_text()
@@ -643,14 +720,19 @@ def test_a_full_disk_and_a_state_that_is_not_of_this_run(folder):
     assert "resume-3 cannot be read: " in run(folder, *resume, fails=True)
     file.write_bytes(whole)
     state = json.loads((out / "resume-3/run.json").read_text())
-    for name, change, message in (("frozen weight language_model.lm_head.weight", 7, "the frozen weight language_model.lm_head.weight was "),
+    for name, change, message in (("content of --vision_model (0, model.safetensors)", 7, r"the content of --vision_model \(0, model.safetensors\) was "),
                                   ("trained projection.0.weight", None, "the trained projection.0.weight was .*, here it is None;")):
         with pytest.raises(InputError, match=message):
             check_state("resume-3", state, {k: v for k, v in (state["identity"] | {name: change}).items() if v})
     with pytest.raises(InputError, match="run.json is not whole: identity missing"):
         check_state("resume-3", {k: v for k, v in state.items() if k != "identity"}, state["identity"])
-    log = run(folder, *resume)
-    assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4, 5, 6] and (out / "best/config.json").exists()
+    shutil.copytree(folder / "llama", folder / "moved", copy_function=shutil.copyfile)  # nothing but the content says that they are the same
+    weights = load_file(folder / "moved/model.safetensors")
+    save_file(weights | {"lm_head.weight": weights["lm_head.weight"] * 1.01}, folder / "moved/model.safetensors", {"format": "pt"})
+    assert "the content of --language_model (0, model.safetensors) was " in run(folder, *resume, "--language_model", folder / "moved", fails=True)
+    shutil.copyfile(folder / "llama/model.safetensors", folder / "moved/model.safetensors")
+    log = run(folder, *resume, "--language_model", folder / "moved")
+    assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4, 5, 6] and (checkpoint_folder(out / "best") / "config.json").exists()
     assert "--resume continues a run and --overwrite replaces it" in run(folder, *resume, "--overwrite", fails=True)
 
 
@@ -667,9 +749,10 @@ MEMORY = """
 import gc, json, sys
 import torch
 from contextlib import nullcontext
-from model import Llama, LlamaConfig, VisualChat, ViTConfig, make_vit, size_of, states
+from bench import states
+from model import Llama, LlamaConfig, VisualChat, ViTConfig, make_vit, size_of
 from train import start_distributed
-deepspeed, _ = start_distributed(torch.device("cpu"))
+deepspeed = start_distributed(torch.device("cpu"))
 for stage in range(4):
     settings = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True},
                 "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000, "stage3_param_persistence_threshold": 0},
@@ -702,9 +785,204 @@ for stage in range(4):
 def test_describe_foretells_the_bytes_of_a_run(tmp_path):
     """Two processes, ZeRO 0 to 3: all tensors that live between backward pass and step"""
     (tmp_path / "memory.py").write_text(MEMORY)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([*LAUNCHER, tmp_path / "memory.py"], capture_output=True, text=True, env=environment, timeout=300)
     found = [list(map(int, line.split()[-3:])) for line in done.stdout.splitlines() if "MEMORY" in line]
     assert [stage for stage, *_ in found] == [0, 1, 2, 3], done.stdout + done.stderr
     for stage, measured, formula in found:
         assert 0.9 < measured / formula < 1.1, found
+
+
+# ---- machines that are not ours ----------------------------------------------------------------------------------------
+
+def accelerator(monkeypatch, kind, count, built_for=None):
+    """Stand in for a machine with `count` accelerators of a kind -> the list of what is asked of torch.accelerator"""
+    asked = []
+    current = lambda check_available=False: torch.device(kind) if kind and count else None if check_available else torch.device(built_for)  # noqa: E731
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", asked.append)
+    return asked
+
+
+def test_a_build_for_gpus_trains_on_a_machine_without_one(mine):
+    """What a plain pip install of torch gives on Linux, on a laptop"""
+    folder, flags = mine
+    (folder / "built.py").write_text(f"""
+import sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+torch.accelerator.current_accelerator = lambda check_available=False: None if check_available else torch.device("cuda")
+import train
+train.main()
+""")
+    assert len(losses(run(folder, *flags, "--max_steps", "2", script=folder / "built.py"))) == 2
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    """Its index is set before the first tensor is made, or GPU 0 would be opened by all of them"""
+    asked = accelerator(monkeypatch, "cuda", 8)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch, "empty", lambda *_, device: asked.append(device) or torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(train, "start_distributed", lambda device: sys.exit())
+    with pytest.raises(SystemExit):
+        train.train(argparse.Namespace(dtype=None, compile=False), None)
+    assert asked == [3, "cuda:3"]
+
+
+def test_two_processes_on_one_gpu_are_told_what_to_do(monkeypatch):
+    accelerator(monkeypatch, "cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(InputError, match=r"2 processes or more, and 1 GPUs to share: .* Start fewer \(deepspeed --num_accelerators N\)"):
+        own_device()
+
+
+def test_an_apple_gpu_is_left_alone_by_training(monkeypatch):
+    assert accelerator(monkeypatch, "mps", 1) == [] and own_device() == "cpu"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8, 24])
+def test_the_demo_fits_any_number_of_processes(monkeypatch, world):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    args = command_line()
+    assert args.batch_size == args.micro_batch_size * world >= 16 and args.batch_size - 16 < world
+    assert args.zero_stage == (3 if world > 1 else 0)
+
+
+MACHINE = """
+import os, sys
+sys.path.insert(0, {root!r})
+del os.sched_getaffinity  # macOS
+def refused(*_):
+    raise OSError(95, "Operation not supported")
+os.symlink = os.link = refused  # exFAT, Google Drive
+import train
+train.main()
+"""
+
+
+def test_a_machine_without_affinity_and_links(mine):
+    """macOS; a disk that knows no links: a run of several epochs, and a chat"""
+    folder, flags = mine
+    (folder / "machine.py").write_text(MACHINE.format(root=str(ROOT)))
+    assert len(losses(run(folder, *flags, "--eval_fraction", "0.25", script=folder / "machine.py", OMP_NUM_THREADS=None))) >= 4
+    best = checkpoint_folder(folder / "out/best")
+    assert best.name.startswith("epoch-") and (best / "config.json").exists() and not (folder / "out/best").is_symlink()
+    done = subprocess.run([sys.executable, "chat.py", str(folder / "out/best"), "--max_new_tokens", "4"], cwd=ROOT, input="Hello?\n", capture_output=True, text=True)
+    assert done.returncode == 0 and "> " in done.stdout, done.stderr
+
+
+def test_a_small_shared_memory_is_one_sentence(mine):
+    """Docker gives 64 MB, which is too little for larger pictures and batches: at once, and not when the workers' time is up"""
+    folder, flags = mine
+    small = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*small, "true"]).returncode:
+        pytest.skip("needs the right to mount")
+    message = run(folder, *flags, "--workers", "2", fails=True, before=small)
+    assert message == ("train.py: /dev/shm is too small for what --workers 2 read ahead: make it larger (docker run --shm-size 8g), or do without "
+                       "them (--workers 0)")
+    assert losses(run(folder, *flags, "--workers", "0", "--max_steps", "1", "--overwrite", before=small))
+
+
+def test_what_no_shared_memory_is_left_for_fails_where_it_is_heard(monkeypatch):
+    """In the worker's own code, not in the thread that sends its batches"""
+    tokenizer, shared = Tokenizer(FIXTURES / "tokenizer.model"), []
+    example = encode([Turn("What is it?", "red")], tokenizer, 17)
+    for worker in (None, "a worker"):
+        monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: worker)
+        shared += [[value.is_shared() for value in finish_batch([(example, 0, None)], example, "mmca")[0].values()]]
+    assert shared == [[False] * 5, [True] * 5]
+
+
+def test_a_step_of_many_micro_batches_needs_many_open_files(mine):
+    """Five tensors each; with the 1,024 of most shells a batch of 256 on one GPU, one sample at a time, would stop"""
+    folder, flags = mine
+    flags = ["--datasets", *[folder / "mine.json"] * 6, "--batch_size", "64", "--micro_batch_size", "1", "--epochs", "1", "--eval_fraction", "0"]
+    assert losses(run(folder, *flags, before=["sh", "-c", 'ulimit -Sn 200 && exec "$@"', "sh"]))
+
+
+def test_a_second_run_in_the_same_folder_is_refused(mine):
+    folder, flags = mine
+    run(folder, *flags, "--max_steps", "1")
+    before = (folder / "out/log.jsonl").read_text()
+    with open(folder / "out/.lock", "w") as held:
+        fcntl.lockf(held, fcntl.LOCK_EX)
+        assert f"another run is at work in --out {folder}/out: name another folder" in run(folder, *flags, "--overwrite", fails=True)
+    assert (folder / "out/log.jsonl").read_text() == before
+    run(folder, *flags, "--max_steps", "1", "--overwrite")
+
+
+def test_a_disk_that_knows_no_locks_is_named(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    train.lock(tmp_path)
+    assert capsys.readouterr().out == f"--out {tmp_path} cannot be locked (Operation not supported): take care that no other run writes there\n"
+
+
+def test_a_port_that_is_taken_is_one_sentence(mine):
+    folder, flags = mine
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        message = run(folder, *flags, two=True, launcher=["--master_port", str(port)], fails=True)
+    assert f"the processes cannot meet at 127.0.0.1:{port}; if another run is there, deepspeed --master_port N takes another port" in message
+    assert not left(folder)
+
+
+def test_a_terminal_that_lacks_a_character_is_no_reason_to_stop(mine):
+    """PYTHONIOENCODING=ascii, as in cron and in containers: what is printed has a question mark there, the log the character"""
+    folder, flags = mine
+    shutil.copy(folder / "mine.json", folder / "猫.json")
+    flags = ["--datasets", folder / "mine.json", folder / "猫.json", *flags[2:], "--max_steps", "1", "--eval_fraction", "0.25"]
+    log = run(folder, *flags, PYTHONIOENCODING="ascii")
+    assert str(folder / "猫.json") in next(line for line in log if "eval_loss" in line)["eval_exact_of"]
+
+
+def test_the_workers_read_the_next_step_while_this_one_is_computed(mine, monkeypatch):
+    """All micro-batches of a step are taken before the first is computed"""
+    read = multiprocessing.Value("i", 0)
+
+    class Conversations(list):
+        def __getitem__(self, index):
+            if multiprocessing.parent_process():
+                with read.get_lock():
+                    read.value += 1
+            return super().__getitem__(index)
+
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    args = argparse.Namespace(batch_size=16, micro_batch_size=1, workers=2, max_length=100, max_images=8)
+    loader = batches(Conversations([[Turn("What is it?", "red")]] * 64), tiny_model(), Tokenizer(FIXTURES / "tokenizer.model"), args)
+    for _ in range(16):
+        next(loader)
+    deadline = time.monotonic() + 20
+    while read.value < 32 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert read.value == 32, "16 of this step and 16 of the next"
+
+
+def test_of_other_processes_the_system_makes_an_end():
+    """They may wait in a kernel, where no Python runs; process 0 has a sentence to say. And how long they wait for each other"""
+    code = """
+import sys, signal, torch, train
+train.train = lambda *_: print(signal.getsignal(signal.SIGINT) is signal.SIG_DFL, signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+sys.argv = ["train.py"]
+train.main()
+"""
+    for rank, expected in (("0", "False False"), ("1", "True True")):
+        environment = os.environ | {"RANK": rank, "WORLD_SIZE": "2"}
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == expected, done.stderr
+
+
+def test_processes_wait_an_hour_for_each_other():
+    """Process 0 may make the index of tens of gigabytes meanwhile; DEEPSPEED_TIMEOUT says otherwise"""
+    code = """
+import torch, train
+train.start_distributed(torch.device("cpu"))
+print(torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+"""
+    for environment, seconds in (({}, "3600.0"), ({"DEEPSPEED_TIMEOUT": "5"}, "300.0")):
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == seconds, done.stderr
