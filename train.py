@@ -111,8 +111,8 @@ def own_device():
         return "cpu"
     rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.accelerator.device_count()
     if rank >= count:
-        raise InputError(f"{rank + 1} processes or more, and {count} GPUs to share: each needs one of its own. Start "
-                         "fewer (deepspeed --num_accelerators N); without a number there is one for each GPU")
+        raise InputError(f"process {rank} of this machine has no GPU of its own (found: {count}). Start fewer (deepspeed "
+                         "--num_accelerators N); without a number there is one for each GPU")
     # before the first tensor: else each process would open GPU 0 too, which takes 0.5 to 1 GB of it
     torch.accelerator.set_device_index(rank)
     return f"{accelerator.type}:{rank}"

@@ -833,7 +833,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
 def test_two_processes_on_one_gpu_are_told_what_to_do(monkeypatch):
     accelerator(monkeypatch, "cuda", 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(InputError, match=r"2 processes or more, and 1 GPUs to share: .* Start fewer \(deepspeed --num_accelerators N\)"):
+    with pytest.raises(InputError, match=r"process 1 of this machine has no GPU of its own \(found: 1\). Start fewer \(deepspeed --num_accelerators N\)"):
         own_device()
 
 
