@@ -288,6 +288,15 @@ def save_state(engine, out, run):
                          f"{reason_of(error)}") from error
 
 
+def own_part(parameter):
+    """The numbers of a parameter that this process holds, under ZeRO-3 its part of them. Parts are of one size: what
+    fills up the last ones has never been written, and may be anything"""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach()
+    part = parameter.ds_tensor.detach()
+    return part[:max(0, parameter.ds_numel - dist.get_rank() * part.numel())]
+
+
 def remove(folder):
     """Remove a folder so that a half of it is never taken for the whole"""
     shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old.unfinished")))
@@ -675,7 +684,7 @@ def train(args, run):
                              f"anew with a lower one or a longer --warmup (and --overwrite); {what_stays(args.out)}")
 
     def save():
-        weights = sum(float(getattr(p, "ds_tensor", p).detach().sum(dtype=torch.float)) for p in trained)
+        weights = sum(float(own_part(p).sum(dtype=torch.float)) for p in trained)
         weights = torch.tensor(weights, device=device)
         dist.all_reduce(weights)
         check_finite(weights.item(), "sum of the weights after")

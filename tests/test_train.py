@@ -358,6 +358,28 @@ def test_weights_that_are_no_numbers_are_not_saved(mine, when):
     assert not list(folder.glob("out/epoch-*")) and not (folder / "out/best").exists()
 
 
+FILLED_UP = """
+import sys, torch
+sys.path.insert(0, {root!r})
+import train, deepspeed
+step = deepspeed.DeepSpeedEngine.step
+def filled_up(engine):
+    step(engine)
+    for p in engine.module.parameters():
+        p.ds_tensor.data[max(0, p.ds_numel - torch.distributed.get_rank() * p.ds_tensor.numel()):] = float("nan")
+deepspeed.DeepSpeedEngine.step = filled_up
+train.main()
+"""
+
+
+def test_what_fills_up_a_part_of_a_weight_is_no_weight(mine):
+    """A gate of CrA is one number, and two processes share it: the second one's part is memory that nobody wrote, now and then NaN"""
+    folder, flags = mine
+    (folder / "filled_up.py").write_text(FILLED_UP.format(root=str(ROOT)))
+    flags = [*flags, "--attention", "cross", "--micro_batch_size", "2", "--max_steps", "2", "--save_every", "1"]
+    assert len(losses(run(folder, *flags, two=True, script=folder / "filled_up.py"))) == 2
+
+
 BAD_HELD_OUT = """
 import sys
 sys.path.insert(0, {root!r})
