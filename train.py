@@ -45,7 +45,7 @@ from vision import InputError, number, positive, read_config, read_json, read_pr
 
 
 BROKEN = 0.01  # share of an epoch's samples that may have a missing or broken picture before the run stops
-# what no flags stand for; the sizes of a batch are added, as the number of processes asks
+# what no flags stand for; command_line adds what depends on the number of processes
 DEMO = ("--language_model demo/language_model --vision_model demo/vision_model --data_path data/demo/train "
         "--eval_path data/demo/held_out --datasets llava llava_dial otter_mimicit_cgd llava_otter_blend "
         "sparkles_dialogue --samples 1200 1200 all all all --lora_rank 16 --learning_rate 6e-3 "

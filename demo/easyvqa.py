@@ -84,10 +84,9 @@ def main(wheel, out):
     out, archive = Path(out), zipfile.ZipFile(wheel)
     if out.exists():
         sys.exit(f"{out} is already there; remove it to make it anew")
-    for folder in ("coco/train2017", "coco/test2017", "llava"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    for folder in ("alone/llava", "alone/coco/train2017"):  # its pictures are those above it
-        (out / folder).mkdir(parents=True, exist_ok=True)
+    # the last stays empty: the records below alone/ show the pictures of the first
+    for folder in ("coco/train2017", "coco/test2017", "llava", "alone/llava", "alone/coco/train2017"):
+        (out / folder).mkdir(parents=True)
     files = {"llava/detail_23k": [], "llava/complex_reasoning_77k": [], "llava/conversation_58k": [],
              "alone/llava/conversation_58k": []}
     train = questions_of(archive, "train")
