@@ -83,7 +83,8 @@ def main(wheel, out):
     """Write the files that the head of this file lists"""
     out, archive = Path(out), zipfile.ZipFile(wheel)
     if out.exists():
-        sys.exit(f"{out} is already there; remove it to make it anew")
+        print(f"{out} is already there; remove it to make it anew", file=sys.stderr)
+        sys.exit(2)
     # the last stays empty: the records below alone/ show the pictures of the first
     for folder in ("coco/train2017", "coco/test2017", "llava", "alone/llava", "alone/coco/train2017"):
         (out / folder).mkdir(parents=True)
