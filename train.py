@@ -47,9 +47,11 @@ from vision import InputError, number, positive, read_config, read_json, read_pr
 BROKEN = 0.01  # share of an epoch's samples that may have a missing or broken picture before the run stops
 # what no flags stand for; command_line adds what depends on the number of processes
 DEMO = ("--language_model demo/language_model --vision_model demo/vision_model --data_path data/demo/train "
-        "--eval_path data/demo/held_out --datasets llava llava_dial otter_mimicit_cgd llava_otter_blend "
-        "sparkles_dialogue --samples 1200 1200 all all all --lora_rank 16 --learning_rate 6e-3 "
-        "--epochs 1 --max_length 1024 --deepspeed_config demo/deepspeed.json --overwrite")
+        "--datasets llava llava_dial otter_mimicit_cgd sparkles_dialogue data/demo/train/three.json "
+        "--concatenate 6 2 1 1 1 --eval_path data/demo/held_out --eval_datasets which_of_two.json difference.json "
+        "one_of_two.json more_things.json which_of_three.json one_of_three.json describe.json one_picture.json "
+        "--lora_rank 16 --learning_rate 6e-3 --epochs 1 --max_length 1024 --deepspeed_config demo/deepspeed.json "
+        "--overwrite")
 
 
 def command_line():
@@ -88,7 +90,7 @@ def command_line():
     add("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it
     flags = " ".join(word for word in sys.argv[1:] if not word.startswith("--local_rank"))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    share = math.ceil(16 / world)  # 16 samples a step, or the next number that the processes can share
+    share = math.ceil(8 / world)  # 8 samples a step, or the next number that the processes can share
     demo = f"{DEMO} --batch_size {share * world} --micro_batch_size {share}"
     if world == 1:
         demo += " --zero_stage 0"  # nothing to spread, and ZeRO-3's hooks take a third of the time
@@ -218,7 +220,7 @@ def check_out(args):
 
 def draw_demo(args):
     """Make the demo's data if it is asked for and not there"""
-    if args.data_path == Path("data/demo/train") and not args.data_path.exists():
+    if args.data_path == Path("data/demo/train") and not (args.data_path / "three.json").exists():
         if subprocess.run([sys.executable, "demo/make.py", "data/demo"]).returncode:
             raise InputError("the demo's data cannot be drawn: demo/make.py says why")
 

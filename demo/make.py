@@ -5,19 +5,24 @@
     python demo/make.py data/bases --bases  what the two models of demo/ have learned from (demo/README.md)
 
 A picture of 64 x 64 has one or two things in its quarters (the second of a pair can have three): shapes in colours and
-two sizes, digits, short words. Below train/ and held_out/, with N of 2,500 and 100 (--scenes):
+two sizes, digits, short words. Below train/, with N of 5,000 (--scenes):
 
-    coco/train2017/000000000000.jpg ...     the pictures of LLaVA and of the pairs
-    llava/detail_23k.json                   N descriptions
-    llava/complex_reasoning_77k.json        N questions that take a step of thought
-    llava/conversation_58k.json             N conversations of several rounds, and one about each picture of a pair
-    MIMIC-IT/CGD_instructions.json          N pairs of pictures that differ in one thing, six questions about each
-    SparklesDialogueCC/, SparklesDialogueVG/    N dialogues about two pictures, in CC both shown at once
+    coco/train2017/000000000000.jpg ...         the pictures of the pairs
+    MIMIC-IT/CGD_instructions.json              eight questions each about N pairs, of which two in three differ in one thing
+    llava/detail_23k.json                       N / 8 descriptions, of the pictures of the first pairs
+    llava/complex_reasoning_77k.json            a question that takes a step of thought about each of them
+    llava/conversation_58k.json                 a conversation of eight rounds about each of them
+    SparklesDialogueCC/, SparklesDialogueVG/    N / 20 dialogues each about two pictures, in CC both shown at once
+    three.json                                  N conversations of eight rounds about three pictures, in the form of one's own data
+
+Below held_out/ a file for each kind of question, with 150 conversations that have it as their only one. What is asked later can
+be answered from what was said before; what is asked first, from the pictures alone.
 """
 import argparse
 import json
 import random
 import shutil
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -31,6 +36,8 @@ DIGITS, WORDS = "123", ("sun", "cat")
 PLACES = "top left", "top right", "bottom left", "bottom right"
 NAMES = [[f"image {c}" for c in letters] for letters in ("123", "123", "abc", "ABC")] + [
     [f"the {word} image" for word in ("first", "second", "third")]]
+DIFFER = 2 / 3  # share of the pairs whose second picture is the first with one change
+ROUNDS = 8  # of a conversation about several pictures
 NUMBERS = "None", "One", "Two", "Three", "Four", "Five"
 VISION = {"model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3,
           "num_attention_heads": 4, "image_size": SIDE, "patch_size": SIDE // 2,
@@ -53,6 +60,14 @@ def scene(rng):
     """One or two things"""
     places = rng.sample(PLACES, rng.randint(1, 2))
     return {place: thing(rng) for place in PLACES if place in places}
+
+
+def scenes_of(count, rng):
+    """So many scenes, the second often made from the first"""
+    scenes = [scene(rng) for _ in range(count)]
+    if count > 1 and rng.random() < DIFFER:
+        scenes[1] = changed(scenes[0], rng)
+    return scenes
 
 
 def changed(before, rng):
@@ -97,7 +112,7 @@ def draw(things, rng):
             pen.rectangle((x - 0.85 * r, y - 0.85 * r, x + 0.85 * r, y + 0.85 * r), colour)
         else:
             pen.regular_polygon((x, y + 0.15 * r, 1.1 * r), 3, fill=colour)
-    return picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return picture.reduce(FINE)
 
 
 # ---- what is said about them -----------------------------------------------------------------------------------------
@@ -151,28 +166,78 @@ def reasoning(things, rng):
     return f"What is left if every {word + ' thing' if word in COLOURS else word} is taken away?", sentence(listed(rest))
 
 
-def about_all(scenes, names, rng):
-    """A question about several pictures, called by these names, and its answer"""
-    kind = rng.choice(["one", "one", "which", "which", "which", "more"])
-    if kind == "more" and len(scenes) == 2:
-        first, second = map(len, scenes)
-        return (f"Which has more things, {names[0]} or {names[1]}?",
-                "Neither." if first == second else sentence(names[first < second]))
-    if kind == "which" and len(scenes) > 1:
-        kinds = [{what[-2:] for what in things.values()} for things in scenes]
-        alone = [(n, what) for n, own in enumerate(kinds) for what in sorted(own) if sum(what in other for other in kinds) == 1]
-        if alone:
-            n, what = rng.choice(alone)
-            return f"Which image has {'a' if what[0] in COLOURS else 'the'} {' '.join(what)}?", sentence(names[n])
+# Questions about several pictures, called by these names. None where there is nothing of the kind to ask
+
+def which_image(scenes, names, rng):
+    """Which picture has a thing that no other has"""
+    kinds = [{what[-2:] for what in things.values()} for things in scenes]
+    alone = [(n, what) for n, own in enumerate(kinds) for what in sorted(own) if sum(what in other for other in kinds) == 1]
+    if alone and len(scenes) > 1:
+        n, what = rng.choice(alone)
+        return f"Which image has {'a' if what[0] in COLOURS else 'the'} {' '.join(what)}?", sentence(names[n])
+
+
+def about_one_of(scenes, names, rng):
+    """A question about one of them"""
     n = rng.randrange(len(scenes))
     return about_one(scenes[n], rng, f" in {names[n]}")
 
 
-def difference(before, after, names):
-    """What was changed from one scene to another"""
-    place = next(place for place in PLACES if before.get(place) != after.get(place))
-    return (f"What is the difference between {names[0]} and {names[1]}?",
-            sentence(f"at the {place}, {names[0]} has {name(before.get(place))} and {names[1]} has {name(after.get(place))}"))
+def describe_one_of(scenes, names, rng):
+    """All that is in one of them"""
+    n = rng.randrange(len(scenes))
+    return f"Describe {names[n]}.", described(scenes[n])
+
+
+def more_things(scenes, names, rng):
+    """Which of two has more things"""
+    if len(scenes) == 2:
+        first, second = map(len, scenes)
+        more = "Neither." if first == second else sentence(names[first < second])
+        return f"Which has more things, {names[0]} or {names[1]}?", more
+
+
+def difference(scenes, names, rng):
+    """What was changed from the first of two to the second, where it is one thing"""
+    if len(scenes) == 2:
+        before, after = scenes
+        places = [place for place in PLACES if before.get(place) != after.get(place)]
+        if len(places) == 1:
+            old, new = name(before.get(places[0])), name(after.get(places[0]))
+            if old != new:  # the same in another size has no question
+                return (f"What is the difference between {names[0]} and {names[1]}?",
+                        sentence(f"at the {places[0]}, {names[0]} has {old} and {names[1]} has {new}"))
+
+
+# how often they are drawn. Descriptions teach most, since they train most words; "which image" is learned last
+MIX = {which_image: 50, describe_one_of: 25, difference: 12, about_one_of: 10, more_things: 3}
+TEXT_MIX = {which_image: 33, describe_one_of: 15, difference: 20, about_one_of: 22, more_things: 10}  # for the language model
+
+
+def about_all(scenes, names, rng, mix=MIX):
+    """One of these questions and its answer"""
+    while True:
+        ask, = rng.choices(list(mix), mix.values())
+        if asked := ask(scenes, names, rng):
+            return asked
+
+
+def rounds_about(scenes, names, shown, rng):
+    """A round for each number in `shown`: so many more of the scenes are shown before its question -> for each round what
+    is new, the question, the answer"""
+    asked, seen = {}, 0
+    for count in shown:
+        new, seen = scenes[seen:seen + count], seen + count
+        question = None
+        while question is None or question in asked:
+            if len(new) == 1 and rng.random() < 0.25:
+                question, answer = "Describe the image.", described(*new)  # the one that has just been shown
+            elif seen == 1:
+                question, answer = about_one(scenes[0], rng)
+            else:
+                question, answer = about_all(scenes[:seen], names, rng)
+        asked[question] = new, question, answer
+    return list(asked.values())
 
 
 def several(count, ask):
@@ -187,65 +252,110 @@ def several(count, ask):
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
-def record(file, rounds):
+class Album:
+    """A folder of pictures, whose names are numbers"""
+
+    def __init__(self, folder, rng, digits=1):
+        folder.mkdir(parents=True)
+        self.folder, self.rng, self.digits, self.count = folder, rng, digits, 0
+
+    def add(self, things):
+        """Draw a scene -> the name of its file without .jpg"""
+        number, self.count = f"{self.count:0{self.digits}}", self.count + 1
+        draw(things, self.rng).save(self.folder / f"{number}.jpg", quality=95, subsampling=0)
+        return number
+
+
+def save(file, content):
+    """Write JSON, in a folder that may not be there yet"""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content))
+
+
+def llava_record(number, rounds):
     """One record of LLaVA's files: the picture stands before the first question"""
-    turns = []
-    for n, (question, answer) in enumerate(rounds):
-        turns += [{"from": "human", "value": question if n else f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
-    return {"id": file[:-4], "image": file, "conversations": turns}
+    said = [{"from": speaker, "value": text} for one in rounds for speaker, text in zip(("human", "gpt"), one)]
+    said[0]["value"] = f"<image>\n{said[0]['value']}"
+    return {"id": number, "image": f"{number}.jpg", "conversations": said}
+
+
+def cgd(pairs, rng):
+    """CGD_instructions.json: a group of questions about each pair"""
+    data = {}
+    for n, pair in enumerate(pairs):
+        numbers, scenes = zip(*pair)
+        ids = [f"CGD_INS_{n}_{i}" for i in range(ROUNDS)]
+        for own, (_, question, answer) in zip(ids, rounds_about(scenes, NAMES[0], [2] + [0] * (ROUNDS - 1), rng)):
+            data[own] = {"instruction": question, "answer": answer, "image_ids": [f"CGD_IMG_{number}" for number in numbers],
+                         "rel_ins_ids": [i for i in ids if i != own]}
+    return {"meta": {}, "data": data}
+
+
+def sparkles(album, count, shown, rng):
+    """SparklesDialogueCC.json or ...VG.json: so many dialogues, in which a picture is called by the name of its file"""
+    dialogues = []
+    for _ in range(count):
+        scenes, said = scenes_of(2, rng), []
+        pictures = [{"image_id": album.add(things), "caption": described(things)} for things in scenes]
+        names = [f"IMAGE#{picture['image_id']}" for picture in pictures]
+        for new, question, answer in rounds_about(scenes, names, shown, rng):
+            fresh, pictures = pictures[:len(new)], pictures[len(new):]
+            intro = introduced([f"IMAGE#{picture['image_id']}<Img><ImageHere></Img>" for picture in fresh])
+            said.append({"role": "user", "content": intro + question, "images": fresh})
+            said.append({"role": "assistant", "content": answer})
+        dialogues.append({"dialogue": said})
+    return dialogues
+
+
+def three_pictures(album, count, rng):
+    """three.json: conversations in the form of one's own data, in most of them with all pictures in the first round"""
+    talks = []
+    for _ in range(count):
+        scenes, shown = scenes_of(3, rng), [0] * ROUNDS
+        for start in rng.choice([(0, 0, 0), (0, 0, 0), (0, 0, 0), (0, 0, rng.randint(1, 6)), (0, rng.randint(1, 2), rng.randint(3, 6))]):
+            shown[start] += 1
+        talks.append([{"images": [f"{album.folder.name}/{album.add(things)}.jpg" for things in new], "question": question, "answer": answer}
+                      for new, question, answer in rounds_about(scenes, NAMES[0], shown, rng)])
+    return talks
 
 
 def write(folder, count, rng):
-    """train/ or held_out/: the files that the head of this file lists"""
-    sparkles = "SparklesDialogueCC", "SparklesDialogueVG"
-    for name in ("coco/train2017", "llava", "MIMIC-IT", *(f"{source}/{part}" for source in sparkles for part in ("images", "annotations"))):
-        (folder / name).mkdir(parents=True)
-    detail, reason, dialogue, pairs, number = [], [], [], {}, 0
+    """train/: the files that the head of this file lists"""
+    coco, detail, reason, dialogue = Album(folder / "coco/train2017", rng, digits=12), [], [], []
+    pairs = [[(coco.add(things), things) for things in scenes_of(2, rng)] for _ in range(count)]
+    for number, things in chain(*pairs[:count // 16]):
+        detail.append(llava_record(number, [("Describe the image.", described(things))]))
+        reason.append(llava_record(number, [reasoning(things, rng)]))
+        dialogue.append(llava_record(number, several(ROUNDS, lambda: about_one(things, rng))))
+    save(folder / "llava/detail_23k.json", detail)
+    save(folder / "llava/complex_reasoning_77k.json", reason)
+    save(folder / "llava/conversation_58k.json", dialogue)
+    save(folder / "MIMIC-IT/CGD_instructions.json", cgd(pairs, rng))
+    for source, shown in (("SparklesDialogueCC", [2, 0, 0, 0, 0]), ("SparklesDialogueVG", [1, 0, 1, 0, 0])):
+        dialogues = sparkles(Album(folder / source / "images", rng), count // 20, shown, rng)
+        save(folder / source / f"annotations/{source}.json", dialogues)
+    save(folder / "three.json", three_pictures(Album(folder / "pictures", rng), count, rng))
 
-    def shown(things, into="coco/train2017", digits=12):
-        nonlocal number
-        file, number = f"{number:0{digits}}.jpg", number + 1
-        draw(things, rng).save(folder / into / file, quality=95, subsampling=0)
-        return file
 
-    for n in range(count):
-        things = scene(rng)
-        file = shown(things)
-        detail.append(record(file, [("Describe the image.", described(things))]))
-        reason.append(record(file, [reasoning(things, rng)]))
-        dialogue.append(record(file, several(4, lambda: about_one(things, rng))))
-    for n in range(count):
-        before = scene(rng)
-        both, names = (before, changed(before, rng)), ("image 1", "image 2")
-        files = [shown(things) for things in both]
-        for file, things in zip(files, both):
-            dialogue.append(record(file, several(3, lambda: about_one(things, rng))))
-        asked = [difference(*both, names), *several(5, lambda: about_all(both, names, rng))]
-        ids = [f"CGD_INS_{n}_{i}" for i in range(len(asked))]
-        for i, (question, answer) in enumerate(asked):
-            pairs[ids[i]] = {"instruction": question, "answer": answer, "image_ids": [f"CGD_IMG_{file[:-4]}" for file in files],
-                             "rel_ins_ids": [other for other in ids if other != ids[i]]}
-    for source in sparkles:
-        dialogues = []
-        for n in range(count // 2):
-            scenes, files, said = [], [], []
-            for fresh in ([2, 0, 0, 0, 0] if source == sparkles[0] else [1, 0, 1, 0, 0]):
-                new = [scene(rng) for _ in range(fresh)]
-                scenes += new
-                files += [shown(things, f"{source}/images", 1)[:-4] for things in new]
-                names = [f"IMAGE#{file}" for file in files]
-                question, answer = next(new for new in iter(lambda: about_all(scenes, names, rng), None)
-                                        if all(new[0] not in turn["content"] for turn in said))
-                said.append({"role": "user", "content": introduced(
-                    [f"IMAGE#{file}<Img><ImageHere></Img>" for file in files[len(files) - fresh:]]) + question,
-                             "images": [{"image_id": file, "caption": described(things)} for file, things in
-                                        zip(files[len(files) - fresh:], new)]})
-                said.append({"role": "assistant", "content": answer})
-            dialogues.append({"dialogue": said})
-        (folder / source / f"annotations/{source}.json").write_text(json.dumps(dialogues))
-    for file, content in (("llava/detail_23k", detail), ("llava/complex_reasoning_77k", reason), ("llava/conversation_58k", dialogue),
-                          ("MIMIC-IT/CGD_instructions", {"meta": {}, "data": pairs})):
-        (folder / f"{file}.json").write_text(json.dumps(content))
+def held_out(folder, count, rng):
+    """held_out/: each kind of question about new pictures"""
+    def describe(scenes, *_):
+        return "Describe the image.", described(*scenes)
+
+    def one_picture(scenes, names, rng):
+        return about_one(*scenes, rng)
+
+    album = Album(folder / "pictures", rng)
+    for kind, pictures, ask in (("which_of_two", 2, which_image), ("difference", 2, difference), ("one_of_two", 2, about_one_of),
+                                ("more_things", 2, more_things), ("which_of_three", 3, which_image), ("one_of_three", 3, about_one_of),
+                                ("describe", 1, describe), ("one_picture", 1, one_picture)):
+        talks = []
+        while len(talks) < count:
+            scenes = scenes_of(pictures, rng)
+            if asked := ask(scenes, NAMES[0], rng):  # not all scenes have something of the kind
+                images = [f"pictures/{album.add(things)}.jpg" for things in scenes]
+                talks.append([{"images": images, "question": asked[0], "answer": asked[1]}])
+        save(folder / f"{kind}.json", talks)
 
 
 def conversation(rng, most):
@@ -270,13 +380,8 @@ def conversation(rng, most):
         if len(scenes) == 1 or album:
             question, answer = (("Describe the image.", described(scenes[-1])) if kind < 0.3 else
                                 reasoning(scenes[-1], rng) if kind < 0.4 else about_one(scenes[-1], rng))
-        elif len(scenes) == 2 and kind < 0.3 and 0 < len(scenes[0].items() ^ scenes[1].items()) < 3:
-            question, answer = difference(*scenes, names)
-        elif kind < 0.3:
-            i = rng.randrange(len(scenes))
-            question, answer = f"Describe {names[i]}.", described(scenes[i])
         else:
-            question, answer = about_all(scenes, names[:len(scenes)], rng)
+            question, answer = about_all(scenes, names[:len(scenes)], rng, TEXT_MIX)
         if new or not any(earlier["question"].endswith(question) for earlier in rounds):
             rounds.append({"question": text + question, "answer": answer})
     return rounds
@@ -322,7 +427,7 @@ def main():
     parser = argparse.ArgumentParser(description="Draw the demo's pictures and write what is said about them.")
     parser.add_argument("out", type=Path, help="a new folder")
     parser.add_argument("--bases", action="store_true", help="what the two bases learn from instead")
-    parser.add_argument("--scenes", type=int, help="N of train/ in the head of this file (2500; with --bases conversations, 100000)")
+    parser.add_argument("--scenes", type=int, help="N of train/ in the head of this file (5000; with --bases conversations, 100000)")
     parser.add_argument("--seed", type=int, default=1, help="of everything drawn (%(default)s)")
     args = parser.parse_args()
     if args.out.exists():
@@ -332,8 +437,8 @@ def main():
     if args.bases:
         write_bases(unfinished, args.scenes or 100_000, random.Random(f"bases {args.seed}"))
     else:
-        write(unfinished / "train", args.scenes or 2500, random.Random(f"train {args.seed}"))
-        write(unfinished / "held_out", min(100, (args.scenes or 2500) // 10), random.Random(f"held out {args.seed}"))
+        write(unfinished / "train", args.scenes or 5000, random.Random(f"train {args.seed}"))
+        held_out(unfinished / "held_out", min(150, args.scenes or 150), random.Random(f"held out {args.seed}"))
     unfinished.rename(args.out)
 
 

@@ -467,7 +467,7 @@ def bench_rows(args):
     """The demo's samples with 257 tokens a picture, two processes of micro-batches of 8"""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "demo/make.py", f"{folder}/demo"], check=True, cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
-        sys.argv = ["train.py", *train.DEMO.split(), "--data_path", f"{folder}/demo/train", "--out", folder, "--micro_batch_size", "8"]
+        sys.argv = ["train.py", *train.DEMO.replace("data/demo", f"{folder}/demo").split(), "--out", folder, "--micro_batch_size", "8"]
         flags = train.command_line()
         sets = read_datasets(flags)
         samples = Epoch(sets, [range(len(data.drafts)) for data in sets], 1234, 0)

@@ -16,12 +16,11 @@ import json
 import math
 import os
 import random
-import re
 import statistics
 import sys
 import time
 from collections import Counter, defaultdict
-from itertools import chain, groupby
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -37,12 +36,13 @@ from mmca import IMAGE, TEXT, attend_explicit, attention_matrix, pattern  # noqa
 from model import VisualChat, add_lora, load_llama, load_vit  # noqa: E402
 from vision import load_image, positive, preprocess, read_preprocessing  # noqa: E402
 
-SETS = {"llava": 1200, "llava_dial": 1200, "otter_mimicit_cgd": "all", "llava_otter_blend": "all", "sparkles_dialogue": "all"}  # train.py's DEMO
-BATCH, RATE, RANK, WARMUP = 16, 6e-3, 16, 0.1  # and so are these
-SIZES, STEPS = (250, 500, 1000, 2000, 4000), 300  # the same steps for every size
-ABLATED, LONGER = 2000, 900  # the size at which everything else is tried, and the larger number of steps
-KINDS = {"difference": r"What is the difference", "which image": r"Which (image )?has",
-         "one of several": r" in (image \w+|the \w+ image)\?$"}  # the rest is asked about one picture by itself
+# train.py's DEMO: its data sets and their factors of concatenation
+SETS = {"llava": 6, "llava_dial": 2, "otter_mimicit_cgd": 1, "sparkles_dialogue": 1, "data/demo/train/three.json": 1}
+BATCH, RATE, RANK, WARMUP = 8, 6e-3, 16, 0.1  # and so are these
+SIZES, STEPS = (250, 500, 1000, 2000, 4000), 600  # the same steps for every size
+ABLATED, LONGER = 2000, 1800  # the size at which everything else is tried, and the larger number of steps
+KINDS = "which_of_two", "difference", "one_of_two", "more_things", "which_of_three", "one_of_three", "describe", "one_picture"
+ALONE = KINDS[-2:]  # the rest is asked about several pictures
 
 
 # ---- other rules: modality (B, T) -> an edited M (B, T, T), and whether the sum of its two softmaxes is halved ---------
@@ -87,16 +87,16 @@ def use_rule(rule):
 
 # ---- one run ---------------------------------------------------------------------------------------------------------
 
-def kind_of(turn):
-    """What an answer is counted under"""
-    return next((kind for kind, words in KINDS.items() if re.search(words, turn.question)), "one picture")
-
-
-def conversations(folder, datasets, seed):
-    """The conversations of some data sets, {name: how many of it}, in an order that the seed draws"""
-    args = argparse.Namespace(datasets=list(datasets), samples=list(datasets.values()), concatenate=None, seed=seed, data_path=folder, out=folder)
+def conversations(folder, datasets, seed, factors=None):
+    """The conversations of some data sets in an order that the seed draws; factors: of concatenation"""
+    args = argparse.Namespace(datasets=datasets, samples=["all"], concatenate=factors, seed=seed, data_path=folder, out=folder)
     sets = read_datasets(args)
     return list(Epoch(sets, [range(len(data.drafts)) for data in sets], seed, 0))
+
+
+def held_out(data):
+    """What is measured: {kind of question: conversations of one round about new scenes}"""
+    return {kind: conversations(data / "held_out", [f"{data}/held_out/{kind}.json"], 0) for kind in KINDS}
 
 
 def features_of(files, tower, preprocessing):
@@ -109,18 +109,11 @@ def features_of(files, tower, preprocessing):
     return known
 
 
-def answer_lengths(example):
-    """How many tokens are trained of each answer"""
-    return [len(list(run)) for trained, run in groupby((example.labels != -100).tolist()) if trained]
-
-
 def run(job):
     """Train on `size` conversations, measure on all that are held out -> what stands in a line of --out"""
     name, size, seed, steps, data, language_model, vision_model = job
     torch.set_num_threads(1)
-    training, test = conversations(data / "train", SETS, seed)[:size], conversations(data / "held_out", dict.fromkeys(SETS, "all"), 0)
-    test.sort(key=lambda talk: (len(talk), sum(len(turn.images) for turn in talk)))  # of like lengths: less is padded
-    kinds = [[kind_of(turn) for turn in talk] for talk in test]
+    training, test = conversations(data / "train", list(SETS), seed, list(SETS.values()))[:size], held_out(data)
     attention, rule, rank = VARIANTS[name]
     if rule:
         use_rule(rule)
@@ -129,13 +122,18 @@ def run(job):
     if rank:
         add_lora(model.language_model.model.layers, rank)
     model.set_trained()
-    files = sorted({image for talk in training + test for turn in talk for image in turn.images})
+    files = sorted({image for talk in chain(training, *test.values()) for turn in talk for image in turn.images})
     features = features_of(files, model.vision_model, read_preprocessing(vision_model, model.vision_model.config.image_size))
     model.vision_model.forward = lambda features: features  # frozen: it has been asked once
     tokenizer = Tokenizer(language_model / "tokenizer.model")
-    training, test = ([encode(talk, tokenizer, model.image_tokens) for talk in part] for part in (training, test))
-    for example in training + test:
-        example.pixels = [features[image] for image in example.images]
+
+    def examples(talks):
+        encoded = [encode(talk, tokenizer, model.image_tokens) for talk in talks]
+        for example in encoded:
+            example.pixels = [features[image] for image in example.images]
+        return encoded
+
+    training, test = examples(training), {kind: examples(talks) for kind, talks in test.items()}
 
     trained, rise = [p for p in model.parameters() if p.requires_grad], round(WARMUP * steps)
     optimizer = torch.optim.AdamW(trained, RATE, (0.9, 0.95), weight_decay=0.0)
@@ -151,15 +149,14 @@ def run(job):
             (model(**collate(half))[0].sum() / count).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step(), schedule.step(), optimizer.zero_grad()
-    seconds, right, asked = time.process_time() - began, Counter(), Counter()
+    seconds, right = time.process_time() - began, {}
     with torch.inference_mode():
-        for n in range(0, len(test), 50):
-            answers = model(**collate(test[n:n + 50]))[1].split([length for example in test[n:n + 50] for length in answer_lengths(example)])
-            for kind, hits in zip(chain(*kinds[n:n + 50]), answers, strict=True):
-                right[kind] += bool(hits.all())
-                asked[kind] += 1
+        for kind, asked in test.items():
+            _, hits = model(**collate(asked))                                                # (tokens of all answers)
+            answers = hits.split([int((example.labels != -100).sum()) for example in asked])
+            right[kind] = sum(bool(answer.all()) for answer in answers)
     return {"kind": name, "size": size, "seed": seed, "steps": steps, "seconds": round(seconds, 1),
-            "trained": sum(p.numel() for p in trained), "asked": dict(asked), "right": dict(right)}
+            "trained": sum(p.numel() for p in trained), "asked": {kind: len(asked) for kind, asked in test.items()}, "right": right}
 
 
 # ---- all of them, the tables and the figure --------------------------------------------------------------------------
@@ -176,16 +173,14 @@ def share(line, kinds):
 
 
 def always_the_same(talks):
-    """A line as of a run that answers each question by the most frequent answer of its kind"""
-    answers = defaultdict(Counter)
-    for turn in chain(*talks):
-        answers[kind_of(turn)][turn.answer] += 1
+    """A line as of a run that answers each question by the most frequent answer of its kind: {kind: conversations}"""
+    answers = {kind: Counter(turn.answer for turn, in asked) for kind, asked in talks.items()}
     return {"asked": {kind: each.total() for kind, each in answers.items()}, "right": {kind: max(each.values()) for kind, each in answers.items()}}
 
 
 def table(lines, guess):
     """Print a row for each mechanism, size of training set and number of steps: held-out exact match in percent by kind of question"""
-    columns = {kind: [kind] for kind in (*KINDS, "one picture")} | {"several pictures": list(KINDS)}
+    columns = {kind: [kind] for kind in KINDS} | {"several pictures": [kind for kind in KINDS if kind not in ALONE]}
     rows = defaultdict(list)
     for line in lines:
         rows[line["size"], line["steps"], line["kind"]].append(line)
@@ -205,19 +200,18 @@ def figure(lines, file):
         return print("no figure: it is drawn by matplotlib (pip install matplotlib)")
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    kinds = list(KINDS) + ["one picture"]
-    drawing, panels = pyplot.subplots(1, len(kinds), figsize=(13, 3.4), sharex=True, sharey=True)
-    for panel, kind in zip(panels, kinds):
+    drawing, panels = pyplot.subplots(2, len(KINDS) // 2, figsize=(13, 6), sharex=True, sharey=True)
+    for panel, kind in zip(panels.flat, KINDS):
         for name in MECHANISMS:
             runs = {size: [100 * share(line, [kind]) for line in lines if line["kind"] == name and line["size"] == size] for size in SIZES}
             runs = {size: values for size, values in runs.items() if values}
             panel.errorbar(list(runs), [statistics.mean(values) for values in runs.values()],
                            [statistics.stdev(values) if values[1:] else 0 for values in runs.values()], marker="o", capsize=3, label=name)
-        panel.set(title=kind, xscale="log", xlabel="training samples", xticks=SIZES, xticklabels=SIZES)
+        panel.set(title=kind.replace("_", " "), xscale="log", xlabel="training samples", xticks=SIZES, xticklabels=SIZES)
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("held-out exact match, %")
-    drawing.legend(*panels[0].get_legend_handles_labels(), loc="upper center", ncols=len(MECHANISMS), frameon=False)
+    drawing.supylabel("held-out exact match, %")
+    drawing.legend(*panels[0, 0].get_legend_handles_labels(), loc="upper center", ncols=len(MECHANISMS), frameon=False)
     drawing.tight_layout(rect=(0, 0, 1, 0.93))
     drawing.savefig(file, dpi=110)
     print(f"the figure is in {file}")
@@ -236,7 +230,7 @@ def main():
     parser = argparse.ArgumentParser(description="Causal attention, cross attention and MMCA on the demo's data.")
     some = parser.add_mutually_exclusive_group()
     some.add_argument("--seeds", type=positive, default=5, metavar="N", help="runs of each kind (%(default)s)")
-    some.add_argument("--quick", action="store_true", help="2 sizes, 1 seed, 100 steps, no ablations")
+    some.add_argument("--quick", action="store_true", help="2 sizes, 1 seed, 200 steps, no ablations")
     parser.add_argument("--out", type=Path, default=Path("out/experiment.jsonl"), help="a line for each run; those that are there are kept")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character
     args = parser.parse_args()
@@ -244,7 +238,7 @@ def main():
     if not data.is_dir():
         parser.error(f"{data} is not there; python demo/make.py {data} draws it")
     folders = data, ROOT / "demo/language_model", ROOT / "demo/vision_model"
-    sizes, seeds, steps = (SIZES[1::2], 1, 100) if args.quick else (SIZES, args.seeds, STEPS)
+    sizes, seeds, steps = (SIZES[1::2], 1, 200) if args.quick else (SIZES, args.seeds, STEPS)
     wanted = [(kind, size, seed, steps) for seed in range(1, seeds + 1) for size in sizes for kind in MECHANISMS]
     if not args.quick:
         wanted += [(name, ABLATED, seed, steps) for seed in range(1, seeds + 1) for name in ABLATIONS]
@@ -260,7 +254,7 @@ def main():
             lines[tuple(line[name] for name in names)] = line
             with open(args.out, "a") as file:
                 print(json.dumps(line | {"identity": same}), file=file)
-    table([lines[each] for each in wanted], always_the_same(conversations(data / "held_out", dict.fromkeys(SETS, "all"), 0)))
+    table([lines[each] for each in wanted], always_the_same(held_out(data)))
     figure([lines[each] for each in wanted if each[3] == steps], args.out.with_suffix(".png"))
 
 

@@ -50,7 +50,7 @@ def test_the_average_is_half_the_sum_where_there_are_two(monkeypatch):
 
 
 def test_a_run_is_kept_and_the_next_start_goes_on(tmp_path, monkeypatch, capsys):
-    subprocess.run([sys.executable, ROOT / "demo/make.py", tmp_path / "data/demo", "--scenes", "20"], check=True)
+    subprocess.run([sys.executable, ROOT / "demo/make.py", tmp_path / "data/demo", "--scenes", "32"], check=True)
     monkeypatch.chdir(tmp_path)
     for name, value in {"SIZES": (8,), "STEPS": 2, "ABLATED": 8, "LONGER": 3, "ABLATIONS": {}, "MECHANISMS": {"mmca": None}}.items():
         monkeypatch.setattr(experiment, name, value)
@@ -66,21 +66,22 @@ def test_a_run_is_kept_and_the_next_start_goes_on(tmp_path, monkeypatch, capsys)
 
 
 def test_the_table_has_mean_and_spread_over_seeds_and_the_most_frequent_answers(capsys):
-    talk = [Turn("Which image has a cat?", "Image 1."), Turn("Which image has a sun?", "Image 2."), Turn("Which has more?", "Neither."),
-            Turn("Which image has it?", "Image 2."), Turn("What is the difference between them?", "None."),
-            Turn("How many are in image 2?", "One."), Turn("Describe the image.", "A sun."), Turn("Is it red?", "No.")]
-    guess, kinds = experiment.always_the_same([talk[:3], talk[3:]]), (*experiment.KINDS, "one picture")
-    assert guess["asked"] == {"which image": 4, "difference": 1, "one of several": 1, "one picture": 2}
+    kinds = experiment.KINDS
+    guess = experiment.always_the_same({kind: [[Turn("Which?", answer)] for answer in ("Image 1.", "Image 2.", "Image 2.", "Image 3.")[:n + 1]]
+                                        for n, kind in enumerate(kinds[:4])} | {kind: [[Turn("?", "Yes.")]] * 4 for kind in kinds[4:]})
+    assert guess["asked"] == dict(zip(kinds, [1, 2, 3, 4, 4, 4, 4, 4]))
+    assert guess["right"] == dict(zip(kinds, [1, 1, 2, 2, 4, 4, 4, 4]))
     lines = [{"kind": "mmca", "size": 250, "seed": seed, "steps": 10, "seconds": 10 * seed, "trained": 7,
               "asked": dict.fromkeys(kinds, 10), "right": dict.fromkeys(kinds, right)} for seed, right in ((1, 4), (2, 5), (3, 6))]
     experiment.table(lines, guess)
     _, always, mmca = (line.split() for line in capsys.readouterr().out.splitlines())
-    assert always[-5:] == ["100.0", "50.0", "100.0", "50.0", "66.7"]
-    assert mmca == ["250", "10", "mmca", *["50.0", "±", "10.0"] * 5, "7", "2.000", "3"]
+    assert always[-9:] == ["100.0", "50.0", "66.7", "50.0", "100.0", "100.0", "100.0", "100.0", "77.8"]  # the last: 14 of 18 about several
+    assert mmca == ["250", "10", "mmca", *["50.0", "±", "10.0"] * 9, "7", "2.000", "3"]
 
 
 def test_it_trains_as_the_demo_does(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     flags = train.command_line()
-    assert dict(zip(flags.datasets, flags.samples)) == experiment.SETS
+    assert dict(zip(flags.datasets, flags.concatenate)) == experiment.SETS and flags.samples == ["all"]
+    assert flags.eval_datasets == [f"{kind}.json" for kind in experiment.KINDS]
     assert (flags.batch_size, flags.learning_rate, flags.lora_rank) == (experiment.BATCH, experiment.RATE, experiment.RANK)

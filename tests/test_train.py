@@ -220,7 +220,17 @@ def test_without_flags_it_is_the_demo_and_replaces_nothing_else(tmp_path):
     command += [*whole, "--max_steps", "1", "--samples", "4", "--epochs", "1", "--workers", "0"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "sparkles_dialogue" in done.stdout and "exact match" in done.stdout and (checkpoint_folder(tmp_path / "out/best") / "config.json").exists()
+    assert "which_of_three" in done.stdout and "exact match" in done.stdout and (checkpoint_folder(tmp_path / "out/best") / "config.json").exists()
+
+
+def test_data_of_an_earlier_demo_are_named_and_kept(tmp_path, monkeypatch, capfd):
+    """Drawn before there were three.json and held-out kinds of questions"""
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    (tmp_path / "data/demo/train/llava").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="cannot be drawn"):
+        train.draw_demo(argparse.Namespace(data_path=Path("data/demo/train")))
+    assert "data/demo is already there; remove it to draw it anew" in capfd.readouterr().err and (tmp_path / "data/demo/train/llava").is_dir()
 
 
 def test_cross_attention_with_two_processes(folder):
@@ -868,7 +878,7 @@ def test_the_demo_fits_any_number_of_processes(monkeypatch, world):
     monkeypatch.setenv("WORLD_SIZE", str(world))
     monkeypatch.setattr(sys, "argv", ["train.py"])
     args = command_line()
-    assert args.batch_size == args.micro_batch_size * world >= 16 and args.batch_size - 16 < world
+    assert args.batch_size == args.micro_batch_size * world >= 8 and args.batch_size - 8 < world
     assert args.zero_stage == (3 if world > 1 else 0)
 
 
