@@ -767,12 +767,16 @@ def main():
     """Run; what the user can mend is one sentence on stderr and exit code 2"""
     args, run = command_line(), argparse.Namespace(step=0)
 
-    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character
+    # a terminal may lack a character, and stop() flushes nothing
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
 
     def stop(*_):
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, signal.SIG_IGN)  # the launcher sends one more, which would say it twice
         # an exception could be caught on its way; the workers that read pictures come here too
         if not multiprocessing.parent_process():
-            say(f"stopped at step {run.step}; {what_stays(args.out)}")
+            sentence = printable(f"stopped at step {run.step}; {what_stays(args.out)}")
+            os.write(2, f"\ntrain.py: {sentence}\n".encode())  # Python's own stderr may be in the middle of a line
         os._exit(130)
 
     # Ctrl-C, and what the launcher makes of it. The others have nothing to say: the system makes an
