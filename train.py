@@ -772,7 +772,7 @@ def main():
 
     def stop(*_):
         for kind in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(kind, signal.SIG_IGN)  # the launcher sends one more, which would say it twice
+            signal.signal(kind, signal.SIG_IGN)  # the launcher sends one more
         # an exception could be caught on its way; the workers that read pictures come here too
         if not multiprocessing.parent_process():
             sentence = printable(f"stopped at step {run.step}; {what_stays(args.out)}")
