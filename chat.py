@@ -38,8 +38,9 @@ from tqdm import tqdm
 
 from data import Tokenizer, Turn, encode, printable
 from mmca import IMAGE, TEXT, Pattern, softmax
-from model import KVCache, VisualChat, checkpoint_folder, choose_device
-from vision import InputError, ViT, fit, load_image, number, positive, preprocess, read_json, reason_of
+from model import CacheLayer, KVCache, VisualChat, choose_device, rotate
+from vision import (InputError, ViT, checkpoint_path, fit, load_image, number, positive, preprocess, read_json,
+                    reason_of, write_whole)
 
 DEFAULT = Path("out/best")
 HEIGHT, ORANGE = 512, (255, 120, 0)  # of the pictures that /look draws, and where the answer looked
@@ -99,28 +100,8 @@ def lay_out(model):
             linear.__class__, linear.parts = RowLinear, parts
 
 
-@dataclass
-class FixedLayer:
-    """One layer of a KVCache, as `attend` uses it, in shapes that do not grow with what is held"""
-    keys: torch.Tensor    # (1, K, length, d)
-    values: torch.Tensor  # (1, K, length, d)
-    place: torch.Tensor   # (1), the new word's
-    words_stop: int       # words are looked for up to here
-    images_start: int     # and image tokens from here on
-
-    def add_words(self, k, v):
-        """The new word's (1, K, 1, d) go to their place -> those of every place for words, twice (1, K, words, d)"""
-        self.keys.index_copy_(2, self.place, k)
-        self.values.index_copy_(2, self.place, v)
-        return self.keys[:, :, :self.words_stop], self.values[:, :, :self.words_stop]
-
-    def add_images(self, k, v):
-        """Nothing to add -> those of every place for image tokens, twice (1, K, images, d)"""
-        return self.keys[:, :, self.images_start:], self.values[:, :, self.images_start:]
-
-
 class FixedStep:
-    """`VisualChat.read` of one word, in shapes that stay the same from word to word: on a GPU one CUDA graph.
+    """`VisualChat.extend` of one word, in shapes that stay the same from word to word: on a GPU one CUDA graph.
 
     A word takes some forty small kernels a layer, and Python needs longer to launch them than they run. A graph
     launches all at once, but it does the same with the same memory each time (and so a model stays where it is). What
@@ -135,11 +116,14 @@ class FixedStep:
         device = cache.modality.device
         self.state = torch.zeros(3, dtype=torch.long, device=device)    # token; words and image tokens held
         self.graph, self.on_gpu = None, device.type == "cuda"
+        # what a mask hides is multiplied by zero: so it has to be a number
+        for buffer in (*cache.keys, *cache.values):
+            buffer[:, :, cache.num_words:cache.size - cache.num_image_tokens] = 0
 
     def layer(self, i, pattern):
         """What `KVCache.layer` is to `read`"""
         keys, values, place = self.cache.keys[i], self.cache.values[i], self.state[1:2]
-        return FixedLayer(keys, values, place, self.words_stop, self.images_start)
+        return CacheLayer(keys, values, place, self.words_stop, self.images_start)
 
     def forward(self):
         """The word in `state` goes into the cache -> logits of the next (V)"""
@@ -149,10 +133,10 @@ class FixedStep:
         shown = place[self.images_start:] >= self.cache.size - images   # (images)
         position = (words + images)[None, None]                         # (1, 1)
         masks = held[None, None, None], shown[None, None, None]         # (1, 1, 1, words), (1, 1, 1, images)
-        who = Pattern(self.model.attention, position, *masks, range(1))
+        pattern = Pattern(self.model.attention, position, *masks, range(1))
         language = self.model.language_model
         x = language.model.embed_tokens(token[None, None])              # (1, 1, D)
-        x = language.model(x, who, self, self.model.cross_attention)    # (1, 1, D)
+        x = language.model(x, pattern, self, self.model.cross_attention)    # (1, 1, D)
         return language.lm_head(x[0, 0]).float()                        # (V)
 
     def capture(self):
@@ -178,14 +162,14 @@ class FixedStep:
     def __call__(self, token):
         """The next word's id -> logits of the one after it (V), good until the next call"""
         self.cache.append(torch.tensor([[TEXT]], device=self.state.device))
-        self.state.copy_(torch.tensor([token, self.cache.words, self.cache.images]))
+        self.state.copy_(torch.tensor([token, self.cache.num_words, self.cache.num_image_tokens]))
         if self.on_gpu:
             if self.graph is None:
                 self.capture()
             self.graph.replay()
         else:
             self.logits = self.forward()                                # (V)
-        self.cache.words += 1  # last: until here an interrupt leaves the cache as it was
+        self.cache.num_words += 1  # last: until here an interrupt leaves the cache as it was
         return self.logits
 
 
@@ -199,7 +183,7 @@ def places(held, most):
 
 @dataclass
 class Round:
-    """One round: its tokens, which grow while the answer comes; what `VisualChat.read_picture` made of its pictures."""
+    """One round: its tokens, which grow while the answer comes; what `VisualChat.keep_picture` made of its pictures."""
     turn: Turn
     ids: list
     modality: list  # of the question; all that follows is text
@@ -218,7 +202,7 @@ class Chat:
         language = model.language_model.model
         self.context, weight = language.config.max_position_embeddings, language.embed_tokens.weight
         self.device = weight.device
-        self.cache = KVCache(language.config, self.context, list(language.devices) or self.device, weight.dtype)
+        self.cache = KVCache(language, self.context)
         self.known = OrderedDict()  # sha256 of a picture file -> what is kept of it, the least recently used first
         self.head = encode([], tokenizer, model.image_tokens).input_ids.tolist()  # `<s>` and the system's words
         self.fixed = self.device.type == "cuda" and not language.devices  # a graph is one device's
@@ -241,7 +225,7 @@ class Chat:
         if key not in self.known:
             pixels = preprocess(load_image(path), self.model.preprocessing).to(self.device)  # (3, S, S)
             with torch.inference_mode():
-                self.known[key] = self.model.read_picture(self.model.encode_images(pixels[None])[0])
+                self.known[key] = self.model.keep_picture(self.model.encode_images(pixels[None])[0])
         self.known.move_to_end(key)
         kept = self.known[key]
         while sum(picture.nbytes for picture in self.known.values()) > self.picture_bytes:
@@ -255,21 +239,21 @@ class Chat:
         modality = [m for r in rounds for m in r.modality + [TEXT] * (len(r.ids) - len(r.modality))]
         return ids, [TEXT] * len(self.head) + modality, [picture for r in rounds for picture in r.pictures]
 
-    def read(self, stop=None):
+    def catch_up(self, stop=None):
         """The cache learns what was said and it does not hold, up to token `stop` -> logits of the next token (V)"""
         (ids, modality, pictures), start = self.said(), self.cache.length
         known = modality[:start].count(IMAGE) // self.model.image_tokens
         new = (torch.tensor([part[start:stop]], device=self.device) for part in (ids, modality))     # (1, T), (1, T)
-        return self.model.read(*new, self.cache, pictures[known:])
+        return self.model.extend(*new, self.cache, pictures[known:])
 
-    def read_word(self, token):
+    def extend(self, token):
         """The cache learns one word more -> logits of the next token (V)"""
         if not self.fixed:
             ids = torch.tensor([[token]], device=self.device)           # (1, 1)
-            return self.model.read(ids, torch.full_like(ids, TEXT), self.cache)
+            return self.model.extend(ids, torch.full_like(ids, TEXT), self.cache)
 
         cache = self.cache
-        size = places(cache.words + 1, cache.size), places(cache.images, cache.size)
+        size = places(cache.num_words + 1, cache.size), places(cache.num_image_tokens, cache.size)
         try:
             if size not in self.steps:
                 self.steps[size] = FixedStep(self.model, cache, *size, self.compiled)
@@ -282,7 +266,7 @@ class Chat:
                             f"{remedy} ({reason})"), file=sys.stderr)
             self.fixed = False
             self.steps = {}  # graphs take memory
-        return self.read_word(token)
+        return self.extend(token)
 
     def ask(self, question, images=(), max_new_tokens=256, temperature=0.0, top_p=1.0, generator=None):
         """One round: reads question and picture files -> a generator of the answer's token ids, without the end token.
@@ -312,10 +296,8 @@ class Chat:
             held = min(held, len(self.head))
         try:
             self.cache.truncate(held)
-            if self.fixed:
-                self.cache.blank()
             self.first, self.rounds = first, [*self.rounds, Round(turn, ids, modality, pictures)]
-            logits = self.read()
+            logits = self.catch_up()
         except BaseException:
             self.cache.truncate(held)
             self.first, self.rounds = before
@@ -338,7 +320,7 @@ class Chat:
         """Logits of the first token -> a generator of at most `room` tokens, each read when the next is asked for"""
         for n in range(room):
             if n:
-                logits = self.read_word(this.ids[-1])                   # (V)
+                logits = self.extend(this.ids[-1])                   # (V)
             token = pick(logits[:len(self.tokenizer)], temperature, top_p, generator)
             this.ids.append(token)
             if token == self.tokenizer.eos:
@@ -380,18 +362,18 @@ class Chat:
         last, total = self.rounds[-1], []
 
         def note(attention, inputs):
-            x, cos, sin, who, cache, _ = inputs  # words alone: what was kept of the pictures is in the cache
-            q = attention.query(x, cos, sin)                            # (1, H, n, d)
+            x, cos, sin, pattern, cache = inputs  # words alone: what was kept of the pictures is in the cache
+            q = rotate(attention.heads(attention.q_proj(x)), cos, sin)  # (1, H, n, d)
             k, _ = cache.all_images()                                   # (1, K, N P, d)
-            total.append(softmax(q, k, who.image_mask).float().mean((0, 1, 2)).cpu())   # (N P), newest first
+            total.append(softmax(q, k, pattern.image_mask).float().mean((0, 1, 2)).cpu())   # (N P), newest first
 
         start = len(ids) - len(last.ids) + len(last.modality) - 1  # the row from which the answer's first token came
         if self.cache.length < start:
-            self.read(start)
+            self.catch_up(start)
         self.cache.truncate(start)
         hooks = [layer.self_attn.register_forward_pre_hook(note) for layer in layers]
         try:
-            self.read(max(start + 1, len(ids) - 1))
+            self.catch_up(max(start + 1, len(ids) - 1))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -592,18 +574,6 @@ def split_paths(pictures):
         raise InputError(f"pictures {pictures[0]!r}: {error}; quote a path as a shell would") from error
 
 
-def write_whole(file, text):
-    """Write a text file under another name and rename it when it is whole; InputError if the disk does not take it"""
-    unfinished = Path(f"{file}.unfinished")
-    try:
-        with open(unfinished, "w", newline="", encoding="utf-8", errors="replace") as content:
-            content.write(text)
-        os.replace(unfinished, file)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise InputError(f"{file} cannot be written: {reason_of(error)}") from error
-
-
 def run_script(chat, script, out, args):
     """Answer a JSON file of dialogues, {"name": [["question", "a.jpg 'b c.jpg'"], ["follow-up"]]}, picture paths
     relative to it, to a CSV with the columns test_name, image_path, question, answer."""
@@ -656,7 +626,7 @@ def main():
         if not 0 < args.top_p <= 1:
             raise InputError("--top_p is a number above 0 and at most 1")
         device, dtype = choose_device(args.device)
-        folder = checkpoint_folder(args.checkpoint)
+        folder = checkpoint_path(args.checkpoint)
         model = VisualChat.from_pretrained(folder, dtype, device)
         if len(device) > 1 and device[0].type == "cuda":
             print("layers on several devices: every word is read without a CUDA graph, which is slower")

@@ -32,10 +32,12 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from mmca import IMAGE, PAD, TEXT
-from vision import (InputError, image_tokens, load_image, positive, preprocess, read_config, read_json,
-                    read_vit_config, reason_of)
+from vision import (InputError, checkpoint_path, count_image_tokens, load_image, positive, preprocess, read_config, read_json,
+                    read_vit_config)
 
 SYSTEM = "You are a powerful vision-language assistant."
+NO_PICTURE = ": no such picture"
+MISSING = 0.01  # the share of conversations that may lack a picture: beyond, a folder is not what it should be
 
 
 @dataclass
@@ -66,39 +68,19 @@ class Tokenizer:
 
     def encode(self, text):
         """text -> list of ids; `<s>`, `</s>` and `<image>` in it are ordinary characters"""
-        return self.model.encode(_whole(text))
+        return self.model.encode(whole(text))
 
     def decode(self, ids):
         """list of ids -> text"""
         return self.model.decode(ids)
 
-    @classmethod
-    def train(cls, conversations, size, file):
-        """Learn a vocabulary of at most `size` pieces, in LLaMA-2's style, from conversations, and write it to file."""
-        text = {SYSTEM, "\n\n### Question:", "\n### Question:", "\n### Answer:"}
-        text |= {f"{lines}### Image {n}:" for n in range(1, 9) for lines in ("\n\n", "\n")}
-        text |= {_whole(_quote(t)) for turns in conversations for turn in turns for t in (turn.question, turn.answer) if t}
-        model = io.BytesIO()
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(sorted(text)), model_writer=model, model_type="bpe", vocab_size=size,
-                hard_vocab_limit=False, byte_fallback=True, split_digits=True, normalization_rule_name="identity",
-                remove_extra_whitespaces=False, max_sentence_length=100_000, input_sentence_size=500_000, minloglevel=2)
-        except RuntimeError as error:
-            least = re.search(r"required_chars. \d+ vs (\d+)", str(error))
-            reason = f"its characters take {least[1]}" if least else reason_of(error)
-            raise InputError(f"no tokenizer can be learned from this data with vocab_size {size}, as the language model's "
-                             f"config.json has it: {reason}") from error
-        Path(file).write_bytes(model.getvalue())
-        return cls(file)
 
-
-def _whole(text):
+def whole(text):
     """Text without halves of characters, which JSON can hold and a terminal can send"""
     return text.encode("utf-8", "replace").decode()
 
 
-def _quote(text):
+def quote(text):
     """Text can never become markup: a line of it that begins like a heading of the template is indented by a blank."""
     return re.sub("^###", " ###", text, flags=re.MULTILINE)
 
@@ -115,6 +97,7 @@ class Example:
     images: list                                # its pictures in order
     left_out: int = 0                           # the rounds at its end that did not fit
     pixels: list = field(default_factory=list)  # (3, S, S) of each picture, once they are read
+    broken: bool = False                        # whether it stands in for one with a picture that cannot be read
 
 
 def encode(conversation, tokenizer, image_tokens, shown=None, max_length=None, max_images=None):
@@ -142,10 +125,10 @@ def encode(conversation, tokenizer, image_tokens, shown=None, max_length=None, m
             add([0] * image_tokens, IMAGE)
             lines = "\n"
         add(_fixed(tokenizer, f"{lines}### Question:"))
-        add(tokenizer.encode(_quote(turn.question)))
+        add(tokenizer.encode(quote(turn.question)))
         add(_fixed(tokenizer, "\n### Answer:"))
         if turn.answer is not None:
-            add(tokenizer.encode(_quote(turn.answer)) + [tokenizer.eos], trained=True)
+            add(tokenizer.encode(quote(turn.answer)) + [tokenizer.eos], trained=True)
         if max_length and len(ids) > max_length or max_images and len(images) + len(turn.images) > max_images:
             del ids[start:], labels[start:], modality[start:]
             break
@@ -519,13 +502,12 @@ class DataSet:
     name: str
     drafts: Packed
     factor: int     # of concatenation
-    left_out: list  # by the reader: "id: why"
-    missing: dict   # index of a draft -> its first picture that lies in no folder
+    left_out: list  # "id: why"
 
 
 def read_datasets(args):
-    """What --datasets, --samples and --concatenate ask for -> list of DataSet, or InputError. Missing pictures are
-    found by listing folders; none is opened."""
+    """What --datasets, --samples and --concatenate ask for -> list of DataSet, or InputError. Conversations about a
+    missing picture are left out; that is found by listing folders, no picture is opened."""
     names = args.datasets
     if unknown := [name for name in names if name not in DATASETS and not name.endswith(".json")]:
         raise InputError(f"data set {unknown[0]!r} is not known; the known ones are {', '.join(DATASETS)}, "
@@ -540,12 +522,16 @@ def read_datasets(args):
         drafts = [draft for draft in found if not isinstance(draft, str)]
         if amount != "all" and amount < len(drafts):
             drafts = random.Random(f"samples {args.seed} {name}").sample(drafts, amount)
-        missing = {}
-        for index, draft in enumerate(drafts):
-            for picture in (picture for turn in draft(random.Random(0)) for picture in turn.images):
-                if isinstance(picture, str) and os.path.basename(picture) not in _listing(os.path.dirname(picture)):
-                    missing.setdefault(index, picture)
-        sets.append(DataSet(name, Packed(drafts), factor, left_out, missing))
+        whole = []
+        for draft in drafts:
+            pictures = [picture for turn in draft(random.Random(0)) for picture in turn.images]
+            missing = [picture for picture in pictures if isinstance(picture, str)
+                       and os.path.basename(picture) not in _listing(os.path.dirname(picture))]
+            if missing:
+                left_out.append(missing[0] + NO_PICTURE)
+            else:
+                whole.append(draft)
+        sets.append(DataSet(name, Packed(whole), factor, left_out))
     _listing.cache_clear()
     return sets
 
@@ -566,8 +552,6 @@ class Epoch:
         groups = [group for n, (data, part) in enumerate(zip(sets, parts))
                   for group in concatenate([[(n, i)] for i in part], data.factor, rng)]
         rng.shuffle(groups)
-        missing = ([sets[n].missing[i] for n, i in group if i in sets[n].missing] for group in groups)
-        self.missing = [paths[0] for paths in missing if paths]
         self.groups = Packed(groups)
 
     def __len__(self):
@@ -578,34 +562,65 @@ class Epoch:
                 self.sets[n].drafts[i](random.Random(f"{self.seed} {self.epoch} {self.sets[n].name} {i}"))]
 
 
+def read_data(args):
+    """What is trained on and what is measured on -> the Epoch of each epoch; one of each data set of which a part is
+    held out. InputError if hardly anything is left."""
+    if args.eval_datasets and not args.eval_path:
+        raise InputError("--eval_datasets are read from --eval_path: name that folder too")
+    sets = held_sets = read_datasets(args)
+    if args.eval_path:
+        names = args.eval_datasets or args.datasets
+        names = [str(args.eval_path / Path(name).name) if name.endswith(".json") else name for name in names]
+        # --concatenate is about --datasets: of others that are measured on each conversation is a sample
+        factors = None if args.eval_datasets else args.concatenate
+        elsewhere = {"data_path": args.eval_path, "datasets": names, "samples": ["all"], "concatenate": factors}
+        held_sets = read_datasets(argparse.Namespace(**vars(args) | elsewhere))
+        training = [range(len(data.drafts)) for data in sets]
+        held = [range(len(data.drafts)) for data in held_sets]
+    else:
+        split = [hold_out(len(data.drafts), args.eval_fraction, f"{args.seed} {data.name}") for data in sets]
+        training, held = zip(*split)
+
+    read = sets if held_sets is sets else [*sets, *held_sets]
+    left_out = [record for data in read for record in data.left_out]
+    count = len(left_out) + sum(len(data.drafts) for data in read)
+    if left_out and not int(os.environ.get("RANK", 0)):
+        print(printable(f"{len(left_out)} of {count} records are left out: {'; '.join(left_out[:3])}"))
+    missing = [record for record in left_out if record.endswith(NO_PICTURE)]
+    if len(missing) > MISSING * count:
+        raise InputError(f"{len(missing)} of {count} conversations lack a picture, more than {MISSING:.0%}")
+    if not any(training):
+        raise InputError(f"{', '.join(args.datasets)}: no conversation is left to train on")
+    epochs = [Epoch(sets, training, args.seed, epoch) for epoch in range(args.epochs)]
+    held_out = [Epoch([data], [part], args.seed, "held out") for data, part in zip(held_sets, held) if part]
+    return epochs, held_out
+
+
 # ---- batches -------------------------------------------------------------------------------------------------------
 
 class Samples(torch.utils.data.Dataset):
-    """Conversations -> (Example with its pixels, rounds left out, None), in a DataLoader's workers. The Example is None
-    where no answer fits into max_length and max_images. A sample with a picture that cannot be read is replaced by the
-    next one, and the third is the sentence that says why."""
+    """Conversations -> Example with its pixels, in a DataLoader's workers. For one with a picture that cannot be read,
+    which is named on stderr, the next one stands in."""
 
     def __init__(self, conversations, tokenizer, image_tokens, preprocessing, max_length, max_images):
-        self.conversations, self.tokenizer, self.preprocessing = conversations, tokenizer, preprocessing
-        self.image_tokens, self.max_length, self.max_images = image_tokens, max_length, max_images
+        self.conversations, self.preprocessing = conversations, preprocessing
+        self.encode = partial(encode, tokenizer=tokenizer, image_tokens=image_tokens, max_length=max_length,
+                              max_images=max_images)
 
     def __len__(self):
         return len(self.conversations)
 
     def __getitem__(self, index):
-        broken = None
-        for place in range(index, index + 100):  # so many in a row are not met where less than 1% is broken
-            conversation = self.conversations[place % len(self)]
-            example = encode(conversation, self.tokenizer, self.image_tokens, max_length=self.max_length,
-                             max_images=self.max_images)
-            if example.left_out == len(conversation):
-                return None, example.left_out, broken
+        for place in range(index, index + 100):
+            example = self.encode(self.conversations[place % len(self)])
+            example.broken = place > index
             try:
                 example.pixels = [preprocess(load_image(image), self.preprocessing) for image in example.images]
-                return example, example.left_out, broken
+                return example
             except InputError as error:
-                broken = broken or str(error)
-        return None, 0, broken
+                print(printable(f"{error}; the next sample stands in for it"), file=sys.stderr, flush=True)
+        # so many in a row are not met where few are broken: nothing to learn from, and train.py stops
+        return replace(self.encode([]), broken=True)
 
 
 def collate(examples):
@@ -632,8 +647,8 @@ def arguments(description):
         said = help if default is None else f"{help} (default: %(default)s)"
         parser.add_argument(flag, default=default, help=said, **options)
 
-    add("--language_model", type=Path, required=True, metavar="DIR", help="LLaMA-2 in Hugging Face layout")
-    add("--vision_model", type=Path, required=True, metavar="DIR", help="CLIP's vision model, or Qwen-VL's alone or "
+    add("--language_model", type=checkpoint_path, required=True, metavar="DIR", help="LLaMA-2 in Hugging Face layout")
+    add("--vision_model", type=checkpoint_path, required=True, metavar="DIR", help="CLIP's vision model, or Qwen-VL's alone or "
         "in its whole checkpoint, in Hugging Face layout")
     add("--projection", choices=["linear", "vit", "perceiver"], default="linear", help="from features to word vectors")
     parser.add_argument("--no_class_token", dest="class_token", action="store_false", help="CLIP's patches alone")
@@ -661,10 +676,20 @@ def limit_length(args):
         args.max_length = positions
 
 
+def check_fit(samples, tokenizer, image_tokens, args):
+    """InputError if no sample has a round that fits into --max_length and --max_images"""
+    for conversation in samples:
+        example = encode(conversation, tokenizer, image_tokens, None, args.max_length, args.max_images)
+        if example.left_out < len(conversation):
+            return
+    raise InputError(f"nothing is left to train on: of {len(samples)} samples none has a round that fits into "
+                     f"--max_length {args.max_length} and --max_images {args.max_images}")
+
+
 def printable(text):
     """Text without the control characters that a terminal would obey, and without halves of characters"""
     orders = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069"  # the last ones turn lines around
-    return re.sub(f"[{orders}]", "", _whole(text))
+    return re.sub(f"[{orders}]", "", whole(text))
 
 
 def render(example, tokenizer, colour=True):
@@ -698,7 +723,7 @@ def show(args):
     """Print samples of the first epoch, write the sheet of their pictures; then count all samples, set by set"""
     limit_length(args)
     sets, tokenizer = read_datasets(args), Tokenizer(args.language_model / "tokenizer.model")
-    tokens = image_tokens(args.projection, read_vit_config(args.vision_model, class_token=args.class_token))
+    tokens = count_image_tokens(args.projection, read_vit_config(args.vision_model, class_token=args.class_token))
     tokenize = partial(encode, tokenizer=tokenizer, image_tokens=tokens, max_length=args.max_length,
                        max_images=args.max_images)
     mixed = Epoch(sets, [range(len(data.drafts)) for data in sets], args.seed, 0)
@@ -725,7 +750,6 @@ def show(args):
         for text in data.left_out:
             record, _, why = text.rpartition(": ")
             reasons[f"left out, {why}"].append(record)
-        reasons["lacks a picture"] += data.missing.values()
         for why, which in reasons.items():
             if which:
                 print(printable(f"    {len(which):,} {why}: {', '.join(which[:3])}{', ...' if which[3:] else ''}"))

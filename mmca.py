@@ -84,9 +84,14 @@ class Pattern:
     queries: range                  # the positions that are arranged
 
     @property
-    def n(self):
-        """The word rows of the arranged order"""
+    def num_words(self):
+        """n, the word rows of the arranged order"""
         return self.image_mask.shape[2]
+
+    def to(self, device):
+        """The same on another device"""
+        masks = (mask if mask is None else mask.to(device) for mask in (self.text_mask, self.image_mask))
+        return Pattern(self.kind, self.positions.to(device), *masks, self.queries)
 
     def arrange(self, x):
         """x (B, T, ...) in reading order -> (B, n + m, ...), words first; fillers hold the last row's numbers"""
@@ -102,7 +107,7 @@ class Pattern:
         return x[:, :-1]                                                # (B, T, ...)
 
 
-def pattern(query_modality, key_modality, kind="mmca", fill=1):
+def make_pattern(query_modality, key_modality, kind="mmca", fill=1):
     """query_modality (B, Tq), the last Tq of key_modality (B, Tk) -> Pattern, whose m is a multiple of fill. ValueError
     if kind is not known or there are more queries than keys.
 

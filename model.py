@@ -1,12 +1,14 @@
-"""LLaMA-2, the projections, images put among the words, and weights in and out.
+"""LLaMA-2, the projections, pictures put among the words, and weights in and out.
 
-This file explains the language model (LLaMA-2, arXiv:2307.09288; numerics as in Hugging Face's LlamaForCausalLM, whose
-module names it keeps), the three projections and CrA's added layers, how `VisualChat` writes the features of the
-pictures into the sequence, and how weights stream from published files into the model and back. Not here: which token
+This file explains the language model (LLaMA-2, arXiv:2307.09288; numerics as in Hugging Face's
+LlamaForCausalLM, whose module names it keeps), the three projections and CrA's added layers, how
+`VisualChat` writes the features of the pictures into the sequence, how a conversation goes on in a
+cache, and how weights stream from published files into the model and back. Not here: which token
 attends to which (mmca.py), the vision towers (vision.py), text and batches (data.py).
 
-Shapes: B batch, T tokens, N images in the batch, P tokens of an image, S pixels a side, D width, Dv vision width, F MLP
-width, H heads, K key/value heads, d head width, L layers, V vocabulary.
+Shapes: B batch, T tokens, N images in the batch, P tokens of an image, S pixels a side, D width, Dv
+vision width, F MLP width, H heads, K key/value heads, d head width, L layers, V vocabulary; n words
+and m image tokens.
 """
 import json
 import os
@@ -14,49 +16,24 @@ import pickle
 import shutil
 import zipfile
 from collections import OrderedDict
-from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from mmca import IMAGE, TEXT, attend, image_term, pattern
-from vision import (InputError, QwenConfig, QwenViT, Resampler, ViT, ViTConfig, ViTLayer, apply, image_tokens,
-                    make_config, read_config, read_json, read_preprocessing, read_section,
-                    read_vit_config, reason_of)
-
-
-def choose_device(device=None, dtype=None):
-    """The one place where device, number format and kernels are chosen; the choice is printed.
-
-    device: "cpu", "cuda:1", several with commas between, None for the best there is; dtype: "float32", "bfloat16",
-    "float16", None for the best that the devices compute. Returns (list of torch.device, torch.dtype)."""
-    # cuDNN's attention, torch's first choice on an H100, makes a plan for each new shape (half a
-    # second), and here nearly every batch has one; with a mask some shapes give NaN gradients
-    # (pytorch issue 196678)
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    devices = []
-    for name in str(device or torch.accelerator.current_accelerator(check_available=True) or "cpu").split(","):
-        try:
-            devices.append(torch.empty(1, device=name).device)
-        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
-            raise InputError(f"device {name}: {reason_of(error)}") from error
-    kinds, reason = {device.type for device in devices}, "as asked"
-    if dtype is None and kinds == {"cpu"}:
-        dtype, reason = "float32", "the exact format of a CPU"
-    elif dtype is None:
-        has = "cuda" not in kinds or torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype, reason = ("bfloat16", "this device has it") if has else ("float16", "this GPU has no bfloat16")
-    if not int(os.environ.get("RANK", 0)):
-        print(f"device {', '.join(map(str, devices))}, number format {dtype} ({reason})")
-    return devices, getattr(torch, dtype)
+from mmca import IMAGE, TEXT, attend, image_term, make_pattern
+from vision import (InputError, QwenConfig, QwenViT, Resampler, ViT, ViTLayer, apply,
+                    checkpoint_path, count_image_tokens, make_config, read_config, read_json,
+                    read_preprocessing, read_section, read_vit_config, reason_of)
 
 
-# ---- LLaMA-2 -------------------------------------------------------------------------------------------------------
+# ---- LLaMA-2 -------------------------------------------------------------------------------------
 
 @dataclass
 class LlamaConfig:
@@ -73,34 +50,14 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
 
-    @classmethod
-    def read(cls, folder):
-        """From config.json as transformers 4 and 5 write it. What this file does not compute is refused by name."""
-        file = Path(folder) / "config.json"
-        config = read_config(file)
-        rope = {**read_section(config, "rope_scaling"), **read_section(config, "rope_parameters")}
-        rope.setdefault("rope_type", rope.get("type", "default" if rope.keys() <= {"rope_theta"} else "missing"))
-        config |= rope
-        computed = {"model_type": ["llama"], "attention_bias": [False], "mlp_bias": [False], "sliding_window": [],
-                    "hidden_act": ["silu", "swish"], "partial_rotary_factor": [1], "rope_type": ["default"]}
-        strange = [f"{name} = {config[name]!r}" for name in computed
-                   if config.get(name) not in [None, *computed[name]]]
-        if strange:
-            raise InputError(f"{file}: not supported by this LLaMA-2: {', '.join(strange)}")
-        # what transformers leaves out
-        with suppress(KeyError, TypeError, ZeroDivisionError):
-            config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
-        config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
-        config = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "head_dim": 0, **config}
-        return make_config(cls, "a LLaMA", file, config)
-
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, in float32 (arXiv:1910.07467)."""
 
     def __init__(self, size, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
 
     def forward(self, x):
         """x (..., D) -> (..., D)"""
@@ -108,46 +65,51 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions, config, dtype):
-    """cos and sin of position x frequency for `rotate`, the sin of the first half negative (arXiv:2104.09864).
-    positions (B, T) -> two of (B, 1, T, d)"""
-    exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
-    angles = positions[:, None, :, None].float() / config.rope_theta ** exponent             # (B, 1, T, d / 2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)         # two of (B, 1, T, d)
+    """cos and sin of position x frequency for `rotate`, the sin of the first half negative
+    (arXiv:2104.09864). positions (B, T) -> two of (B, 1, T, d)"""
+    # all of it in float32: in bfloat16 position 257 would be 256
+    pair = torch.arange(0, config.head_dim, 2, device=positions.device).float()     # (d / 2)
+    frequency = config.rope_theta ** (-pair / config.head_dim)              # (d / 2)
+    angles = positions[:, None, :, None].float() * frequency                # (B, 1, T, d / 2)
+    cos = angles.cos()                                                      # (B, 1, T, d / 2)
+    sin = angles.sin()                                                      # (B, 1, T, d / 2)
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
 def rotate(x, cos, sin):
-    """Turn the pair (a, b) = (x[i], x[i + d/2]) by its angle: (a cos - b sin, b cos + a sin). Hugging Face's order;
-    Meta's files pair 2i with 2i + 1. x (B, H, T, d) -> (B, H, T, d)"""
+    """Turn the pair (a, b) = (x[i], x[i + d/2]) by its angle: (a cos - b sin, b cos + a sin).
+    Hugging Face's order; Meta's files pair 2i with 2i + 1. x (B, H, T, d) -> (B, H, T, d)"""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class LlamaAttention(nn.Module):
-    """Queries of the words, keys and values of every row, rotated to their position; then `mmca.attend`."""
+    """Queries of the words, keys and values of every row, rotated to their position; then
+    `mmca.attend`."""
 
     def __init__(self, config):
         super().__init__()
-        D, d, H, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        D, d = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
         self.d = d
-        self.q_proj, self.k_proj = nn.Linear(D, H * d, bias=False), nn.Linear(D, K * d, bias=False)
-        self.v_proj, self.o_proj = nn.Linear(D, K * d, bias=False), nn.Linear(H * d, D, bias=False)
+        self.q_proj = nn.Linear(D, H * d, bias=False)
+        self.k_proj = nn.Linear(D, K * d, bias=False)
+        self.v_proj = nn.Linear(D, K * d, bias=False)
+        self.o_proj = nn.Linear(H * d, D, bias=False)
 
     def heads(self, x):
         """x (B, n, heads d) -> (B, heads, n, d)"""
         return x.unflatten(2, (-1, self.d)).transpose(1, 2)
 
-    def query(self, x, cos, sin):
-        """What words (B, n, D) ask, rotated -> (B, H, n, d)"""
-        return rotate(self.heads(self.q_proj(x)), cos, sin)                 # (B, H, n, d)
-
-    def forward(self, x, cos, sin, pattern, cache=None, rows=None):
-        """x (B, n + m, D), words first, cos and sin (B, 1, n + m, d) -> (B, n + m, D), or only so many rows of it"""
-        n = pattern.n
-        q = self.query(x[:, :n], cos[:, :, :n], sin[:, :, :n])              # (B, H, n, d): an image token asks nothing
+    def forward(self, x, cos, sin, pattern, cache=None):
+        """x (B, n + m, D), words first, cos and sin (B, 1, n + m, d) -> (B, n + m, D)"""
+        n = pattern.num_words
+        # an image token asks nothing: it sees itself alone, and its result is its own value
+        q = self.heads(self.q_proj(x[:, :n]))                               # (B, H, n, d)
+        q = rotate(q, cos[:, :, :n], sin[:, :, :n])                         # (B, H, n, d)
         k = rotate(self.heads(self.k_proj(x)), cos, sin)                    # (B, K, n + m, d)
         v = self.heads(self.v_proj(x))                                      # (B, K, n + m, d)
         out = attend(q, k, v, pattern, cache)                               # (B, H, n + m, d)
-        return self.o_proj(out[:, :, :rows].transpose(1, 2).flatten(2))     # (B, n + m, D)
+        return self.o_proj(out.transpose(1, 2).flatten(2))                  # (B, n + m, D)
 
 
 class LlamaMLP(nn.Module):
@@ -155,13 +117,14 @@ class LlamaMLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, F_ = config.hidden_size, config.intermediate_size
-        self.gate_proj, self.up_proj = nn.Linear(D, F_, bias=False), nn.Linear(D, F_, bias=False)
-        self.down_proj = nn.Linear(F_, D, bias=False)
+        D, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, inner, bias=False)
+        self.up_proj = nn.Linear(D, inner, bias=False)
+        self.down_proj = nn.Linear(inner, D, bias=False)
 
     def forward(self, x):
         """x (B, T, D) -> (B, T, D)"""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, D)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class LlamaLayer(nn.Module):
@@ -169,33 +132,15 @@ class LlamaLayer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.self_attn, self.mlp = LlamaAttention(config), LlamaMLP(config)
+        self.self_attn = LlamaAttention(config)
+        self.mlp = LlamaMLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, pattern, cache=None, rows=None):
-        """x (B, n + m, D), words first, cos and sin (B, 1, n + m, d) -> (B, n + m, D), or only so many rows of it"""
-        x = x[:, :rows] + self.self_attn(self.input_layernorm(x), cos, sin, pattern, cache, rows)
+    def forward(self, x, cos, sin, pattern, cache=None):
+        """x (B, n + m, D), words first, cos and sin (B, 1, n + m, d) -> (B, n + m, D)"""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, pattern, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class CrossAttention(LlamaAttention):
-    """What CrA adds before each decoder layer (`kind="cross"`; Flamingo, arXiv:2204.14198): text rows get
-    x += tanh(gate) * o_proj(softmax(QK' . M2) V), with weights of its own; queries come from the normed rows, keys and
-    values from the projected features, unrotated. The gate starts at zero: an untrained layer changes nothing."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.norm, self.gate = RMSNorm(config.hidden_size, config.rms_norm_eps), nn.Parameter(torch.zeros(1))
-
-    def forward(self, x, features, pattern, cache=None):
-        """x (B, n, D) the words, features (B, m, D) the new image tokens, newest first -> (B, n, D)"""
-        q = self.heads(self.q_proj(self.norm(x)))                           # (B, H, n, d)
-        k, v = self.heads(self.k_proj(features)), self.heads(self.v_proj(features))     # (B, K, m, d), (B, K, m, d)
-        if cache is not None:
-            k, v = cache.add_images(k, v)                                   # (B, K, all image tokens, d), twice
-        out = image_term(q, k, v, pattern)                                  # (B, H, n, d)
-        return x + torch.tanh(self.gate) * self.o_proj(out.transpose(1, 2).flatten(2))       # (B, n, D)
 
 
 class LlamaModel(nn.Module):
@@ -206,63 +151,37 @@ class LlamaModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        words = torch.randn(config.vocab_size, config.hidden_size) * 0.02                    # (V, D)
-        self.embed_tokens = nn.Embedding.from_pretrained(words, freeze=False)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, pattern, cache=None, cross_attention=None):
-        """x (B, n + m, D) embeddings, words first -> hidden states of the words (B, n, D): nobody asks for others.
+        """x (B, n + m, D) embeddings, words first -> hidden states of the words (B, n, D): nobody
+        asks for others.
 
-        With a cache the rows continue it; image tokens that it knows already may be left out of x. cross_attention:
-        CrA's L added layers; only words then pass the decoder, image tokens stay as they were."""
-        features = None
+        With a cache the rows continue it; image tokens that it knows already may be left out of x.
+        cross_attention: CrA's L added layers; only words then pass the decoder, image tokens stay
+        as they were."""
+        n = pattern.num_words
+        features = x[:, n:]                                                 # (B, m, D)
         if cross_attention is not None:
-            x, features = x[:, :pattern.n], x[:, pattern.n:]                # (B, n, D), (B, m, D)
-        cos, sin = rotary(pattern.positions[:, :x.shape[1]], self.config, x.dtype)           # (B, 1, n + m, d)
+            x = x[:, :n]                                                    # (B, n, D)
+        # below, n + m stands for the rows that pass the decoder, with CrA the n words alone
+        positions = pattern.positions[:, :x.shape[1]]                       # (B, n + m)
+        cos, sin = rotary(positions, self.config, x.dtype)                  # (B, 1, n + m, d)
         for i, layer in enumerate(self.layers):
             if self.devices and self.devices[i] != x.device:
-                x, features, cos, sin, pattern = moved((x, features, cos, sin, pattern), self.devices[i])
-            store = None if cache is None else cache.layer(i, pattern)
+                pattern = pattern.to(self.devices[i])
+                x, features, cos, sin = (t.to(self.devices[i]) for t in (x, features, cos, sin))
+            store = cache and cache.layer(i, pattern)
             if cross_attention is not None:
-                x = apply(cross_attention[i], x, features, pattern, store, again=self.gradient_checkpointing)
-            # behind the last keys and values nobody needs an image token; without one the last layer is as the others
-            rows = pattern.n if layer is self.layers[-1] and x.shape[1] > pattern.n else None
-            x = apply(layer, x, cos, sin, pattern, store, rows, again=self.gradient_checkpointing)
-        return self.norm(x)                                                 # (B, n, D)
-
-
-def moved(thing, device):
-    """A tensor, or the tensors in a dataclass or a tuple, on device"""
-    if isinstance(thing, torch.Tensor):
-        return thing.to(device)
-    if is_dataclass(thing):
-        return replace(thing, **{name: moved(part, device) for name, part in vars(thing).items()})
-    return tuple(moved(part, device) for part in thing) if isinstance(thing, tuple) else thing
-
-
-class LoRA(nn.Module):
-    """A frozen linear layer and a trained change of low rank (arXiv:2106.09685, section 4.1): x W' + x A' B'.
-
-    Its scale alpha / r is 1. B starts at zero: an untrained change changes nothing."""
-
-    def __init__(self, linear, rank):
-        super().__init__()
-        self.weight, self.bias, self.rank = linear.weight, linear.bias, rank
-        self.lora_A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(rank, linear.in_features), a=5 ** 0.5))
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank))
-
-    def forward(self, x):
-        """x (..., in) -> (..., out)"""
-        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.lora_A), self.lora_B)
-
-
-def add_lora(layers, rank):
-    """Put LoRA in the place of every linear layer of some blocks"""
-    for module in list(layers.modules()):
-        for name, linear in list(module.named_children()):
-            if isinstance(linear, nn.Linear):
-                setattr(module, name, LoRA(linear, rank))
+                x = apply(
+                    cross_attention[i], x, features, pattern, store,
+                    again=self.gradient_checkpointing)                      # (B, n, D)
+            x = apply(
+                layer, x, cos, sin, pattern, store,
+                again=self.gradient_checkpointing)                          # (B, n + m, D)
+        return self.norm(x[:, :n])                                          # (B, n, D)
 
 
 class Llama(nn.Module):
@@ -279,30 +198,314 @@ class Llama(nn.Module):
     def forward(self, input_ids):
         """input_ids (B, T), text alone -> logits (B, T, V)"""
         modality = torch.full_like(input_ids, TEXT)                         # (B, T)
-        x = self.model(self.model.embed_tokens(input_ids), pattern(modality, modality, "causal"))    # (B, T, D)
+        x = self.model(
+            self.model.embed_tokens(input_ids),
+            make_pattern(modality, modality, "causal"))                     # (B, T, D)
         return self.lm_head(x)                                              # (B, T, V)
 
 
+# ---- pictures among the words --------------------------------------------------------------------
+
+def make_projection(kind, vision, language):
+    """Features (N, P, Dv) -> word-sized vectors (N, P, D): "linear" (the original's `baseline`),
+    "vit" (one more CLIP block of the tower's sizes, then linear) or "perceiver" (256 queries look
+    at the features, P becomes 256). One of your own is one more case here, and in the choices of
+    --projection (data.py); in `count_image_tokens` (vision.py) if it changes P."""
+    D = language.hidden_size
+    if kind == "perceiver":
+        return Perceiver(vision, D)
+    linear = nn.Sequential(
+        nn.Linear(vision.hidden_size, D),
+        nn.LayerNorm(D, eps=1e-12))
+    if kind == "vit":
+        return nn.Sequential(OrderedDict(
+            vis_layer=ViTLayer(vision),
+            projection=linear))
+    if kind != "linear":
+        raise InputError(f"projection {kind!r} is not known, only linear, vit and perceiver")
+    return linear
+
+
+class Perceiver(Resampler):
+    """Qwen-VL's resampler on the patches of any tower (the class token is left out), then LayerNorm
+    and Linear."""
+
+    def __init__(self, vision, D):
+        width = vision.hidden_size
+        super().__init__(width, D, eps=1e-12, kv_proj=nn.Linear(width, D))
+        self.projection = nn.Sequential(
+            nn.LayerNorm(D, eps=1e-12),
+            nn.Linear(D, D))
+        self.class_token = vision.class_token
+        # as the original begins
+        for linear in (self.kv_proj, self.attn.out_proj, self.projection[1]):
+            with gathered([linear.weight, linear.bias], writer=0):
+                nn.init.trunc_normal_(linear.weight, std=0.02)
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, features):
+        """features (N, P, Dv) -> (N, 256, D)"""
+        patches = features[:, int(self.class_token):]                       # (N, P or P - 1, Dv)
+        return self.projection(super().forward(patches))                    # (N, 256, D)
+
+
+class CrossAttention(LlamaAttention):
+    """What CrA adds before each decoder layer (`kind="cross"`; Flamingo, arXiv:2204.14198): words
+    get x += tanh(gate) * o_proj(softmax(QK' . M2) V), with weights of its own; queries come from
+    the normed words, keys and values from the projected features, unrotated. The gate starts at
+    zero: an untrained layer changes nothing."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, features, pattern, cache=None):
+        """x (B, n, D) the words, features (B, m, D) the new image tokens, newest first ->
+        (B, n, D)"""
+        q = self.heads(self.q_proj(self.norm(x)))                           # (B, H, n, d)
+        k = self.heads(self.k_proj(features))                               # (B, K, m, d)
+        v = self.heads(self.v_proj(features))                               # (B, K, m, d)
+        if cache is not None:
+            k, v = cache.add_images(k, v)                                   # (B, K, all images, d)
+        out = image_term(q, k, v, pattern)                                  # (B, H, n, d)
+        out = self.o_proj(out.transpose(1, 2).flatten(2))                   # (B, n, D)
+        return x + torch.tanh(self.gate) * out                              # (B, n, D)
+
+
+class VisualChat(nn.Module):
+    """Vision tower, projection and language model: pictures and words in one sequence (figure 1 of
+    the post)."""
+
+    def __init__(
+            self,
+            vision_model,
+            language_model,
+            attention="mmca",
+            projection="linear"):
+        super().__init__()
+        self.vision_model = vision_model
+        self.language_model = language_model
+        self.attention = attention
+        self.projection_kind = projection
+        config = language_model.config
+        self.projection = make_projection(projection, vision_model.config, config)
+        self.cross_attention = None
+        if attention == "cross":
+            self.cross_attention = nn.ModuleList(
+                CrossAttention(config) for _ in range(config.num_hidden_layers))
+        self.image_tokens = count_image_tokens(projection, vision_model.config)   # P
+        self.preprocessing = None  # the content of preprocessor_config.json
+
+    def set_trained(self, everything=False):
+        """Train the recipe's word embedding, projection, CrA's layers and LoRA, or everything that
+        a feature passes"""
+        recipe = "language_model.model.embed_tokens", "projection", "cross_attention"
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(
+                everything or name.startswith(recipe) or ".lora_" in name)
+        # tables of positions, and layers behind the one whose features are taken
+        for module in self.modules():
+            for part in getattr(module, "untrained", []):
+                part.requires_grad_(False)
+
+    def encode_images(self, pixels):
+        """pixels (N, 3, S, S) -> projected features (N, P, D); a frozen tower runs without a
+        graph"""
+        trained = any(p.requires_grad for p in self.vision_model.parameters())
+        with nullcontext() if trained else torch.no_grad():
+            features = self.vision_model(pixels.to(
+                self.language_model.model.norm.weight.dtype))               # (N, P, Dv)
+        return self.projection(features)                                    # (N, P, D)
+
+    def embed(self, input_ids, modality, features=None):
+        """Words are looked up, features (N, P, D) written to the image positions in order ->
+        (B, T, D)"""
+        embeds = self.language_model.model.embed_tokens(input_ids)          # (B, T, D)
+        places = (modality == IMAGE).nonzero(as_tuple=True)                 # (N P), (N P)
+        rows = embeds[0, :0] if features is None else features.flatten(0, 1)    # (N P, D)
+        if len(places[0]) != len(rows):
+            raise InputError(f"{len(places[0])} image positions in the batch, but {len(rows)} image"
+                             " tokens to put there")
+        return embeds.index_put(places, rows)                               # (B, T, D)
+
+    def forward(
+            self,
+            input_ids,
+            modality,
+            labels,
+            pixels,
+            image_index):
+        """One batch of `data.collate` -> the loss of every trained token, and whether it was the
+        first choice.
+
+        input_ids, modality, labels (B, T); labels[t] is input_ids[t] or -100: the shift is made
+        here. pixels (U, 3, S, S) are the distinct pictures, image_index (N) says which of them
+        stands at each place. Returns losses (labels) float32 and hits (labels) bool, one for each
+        label but -100, row by row; logits are computed there only."""
+        features = None
+        if len(image_index):
+            features = self.encode_images(pixels)[image_index]              # (N, P, D)
+        # rows of a mask that are multiples of 8 are what a GPU's kernels take; torch would fill up
+        # others anew in each layer
+        pattern = make_pattern(
+            modality,
+            modality,
+            self.attention,
+            fill=1 if modality.is_cpu else 8)
+        # what each token should say is the label of the next one
+        following = F.pad(labels[:, 1:], (0, 1), value=-100)                # (B, T)
+        targets = pattern.arrange(following)[:, :pattern.num_words]         # (B, n)
+        # to count the labels Python waits until the GPU has come that far: so it does that here,
+        # before the decoder, through which it then runs ahead of the GPU
+        trained = (targets != -100).nonzero(as_tuple=True)                  # (labels), (labels)
+        assert len(trained[0]) == int((following != -100).sum()), (
+            "a label stands behind an image token: no word says it")
+        targets = targets[trained]                                          # (labels)
+        x = pattern.arrange(self.embed(input_ids, modality, features))      # (B, n + m, D)
+        x = self.language_model.model(x, pattern, None, self.cross_attention)   # (B, n, D)
+        logits = self.language_model.lm_head(x[trained]).float()            # (labels, V)
+        losses = F.cross_entropy(logits, targets, reduction="none")         # (labels)
+        return losses, logits.argmax(-1) == targets
+
+    @torch.inference_mode()
+    def keep_picture(self, features):
+        """features (P, D) of a picture -> what `extend` takes of it.
+
+        Under MMCA an image token sees only itself, so that its keys and values in all layers depend
+        on nothing else: they are computed here, once for every conversation and place, by the same
+        pass as always, with image tokens and no words. Returns a KVCache of P tokens; under the
+        other two the features."""
+        if self.attention != "mmca":
+            return features
+        language = self.language_model.model
+        modality = features.new_full((1, len(features)), IMAGE, dtype=torch.long)   # (1, P)
+        pattern = make_pattern(modality, modality)
+        # all at position 0, where a key is not rotated: that is done when it is placed
+        pattern.positions.zero_()
+        kept = KVCache(language, len(features))
+        language(features[None].flip(1), pattern, kept)
+        kept.advance(pattern)
+        return kept
+
+    @torch.inference_mode()
+    def extend(self, input_ids, modality, cache, pictures=()):
+        """Continue a conversation: T new tokens (1, T), the last a word, go into the cache ->
+        logits of the next (V). pictures: what `keep_picture` made of each picture among them."""
+        language = self.language_model.model
+        pattern = make_pattern(modality, cache.append(modality), self.attention)
+        if self.attention == "mmca":
+            # keys and values of the pictures are known: only the words pass the decoder
+            places = pattern.positions[0, pattern.num_words:].flip(0)       # (N P)
+            starts = places[::self.image_tokens].tolist()
+            for start, picture in zip(starts, pictures, strict=True):
+                cache.place(picture, start)
+            x = language.embed_tokens(
+                pattern.arrange(input_ids)[:, :pattern.num_words])          # (1, n, D)
+        else:
+            features = torch.stack(pictures) if pictures else None          # (N, P, D)
+            x = pattern.arrange(self.embed(input_ids, modality, features))  # (1, n + m, D)
+        x = language(x, pattern, cache, self.cross_attention)               # (1, n, D)
+        # a head that shares its weight with the embedding stands on the first device
+        head = self.language_model.lm_head
+        logits = head(x[0, -1].to(head.weight.device)).float()              # (V)
+        # last: until here an interrupt leaves the cache as it was
+        cache.advance(pattern)
+        return logits
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32, devices=["cpu"]):
+        """Open a checkpoint that `save_pretrained` wrote. The language model's layers are spread
+        over the devices in order; the first has the vision tower, the last the head."""
+        folder = checkpoint_path(folder)
+        config = read_json(folder / "config.json")
+        missing = {"attention", "projection", "feature_layer", "class_token"} - config.keys()
+        if missing:
+            raise InputError(f"{folder}/config.json is not that of a checkpoint of train.py: "
+                             f"{', '.join(sorted(missing))} missing")
+        vision = load_vit(
+            folder / "vision_model",
+            dtype,
+            devices[0],
+            config["feature_layer"],
+            config["class_token"])
+        language = load_llama(folder / "language_model", dtype, devices)
+        # what is new in it is made nowhere before its weights come
+        with torch.device("meta"):
+            model = cls(vision, language, config["attention"], config["projection"])
+        fill(
+            model.projection,
+            weight_files(folder, "projection"),
+            dtype=dtype,
+            place=lambda name: devices[0])
+        if model.cross_attention is not None:
+            # each beside the decoder layer that it stands before
+            fill(
+                model.cross_attention,
+                weight_files(folder, "cross_attention"),
+                dtype=dtype,
+                place=lambda name: language.model.layers[
+                    int(name.split(".")[0])].mlp.up_proj.weight.device)
+        model.preprocessing = read_preprocessing(folder / "vision_model", vision.config.image_size)
+        return model.eval()
+
+    def save_pretrained(self, folder, tokenizer=None, bases=None):
+        """Write the checkpoint that `from_pretrained` opens and whose two folders transformers
+        opens. Bit-exact, but for LoRA, which is merged into plain weights.
+
+        tokenizer: a data.Tokenizer, whose file is copied to language_model/. bases: the folders of
+        language model and vision tower that were trained from; then only what was trained is
+        written, LoRA as its factors, and where the rest is. Under ZeRO-3 every process must call
+        this: weights are gathered, and process 0 writes. InputError if the disk does not take
+        it."""
+        with whole_folder(folder) as work:
+            if is_main():
+                write_configs(self, work, tokenizer, bases)
+            for part in ("language_model", "vision_model"):
+                module = getattr(self, part)
+                # CLIP's published files are those of a larger model with two towers
+                prefix = "vision_model." if isinstance(module, ViT) else ""
+                weights, name = plain_weights(module, prefix), "model"
+                if bases:
+                    weights = [
+                        (n, [p])
+                        for n, p in module.named_parameters()
+                        if p.requires_grad]
+                    name = "trained"
+                save_weights(weights, work / part / f"{name}.safetensors")
+            save_weights(plain_weights(self.projection), work / "projection.safetensors")
+            if self.cross_attention is not None:
+                save_weights(
+                    plain_weights(self.cross_attention),
+                    work / "cross_attention.safetensors")
+
+
+# ---- a conversation that goes on -----------------------------------------------------------------
+
 class KVCache:
-    """Keys and values of a conversation, in one buffer a layer: words fill it from the front, image tokens from the end.
+    """Keys and values of a conversation, in one buffer a layer: words fill it from the front, image
+    tokens from the end.
 
-    So both are whole slices, and `attend` is two plain attentions over them. length: the most tokens it will hold;
-    2 L K length d numbers in all. devices: one for each layer, or one device for all."""
+    So both are whole slices, and `attend` is two plain attentions over them. language: the
+    LlamaModel that fills it; length: the most tokens it will hold, 2 L K length d numbers in
+    all."""
 
-    def __init__(self, config, length, devices, dtype):
+    def __init__(self, language, length):
+        config = self.config = language.config
         shape = 1, config.num_key_value_heads, length, config.head_dim
-        devices = devices if isinstance(devices, list) else [devices] * config.num_hidden_layers
-        self.config = config
-        self.keys = [torch.empty(shape, device=device, dtype=dtype) for device in devices]   # L times (1, K, length, d)
-        self.values = [torch.empty_like(keys) for keys in self.keys]                         # L times (1, K, length, d)
-        self.modality = torch.zeros(1, length, dtype=torch.long, device=devices[0])          # (1, length)
+        # each layer's beside its weights. Memory that is not written takes no room on a CPU
+        weights = [layer.self_attn.k_proj.weight for layer in language.layers]
+        self.keys = [weight.new_empty(shape) for weight in weights]         # (1, K, length, d) each
+        self.values = [weight.new_empty(shape) for weight in weights]       # (1, K, length, d) each
+        self.modality = weights[0].new_zeros(1, length, dtype=torch.long)   # (1, length)
         self.size = length
-        self.words = self.images = 0  # tokens held
+        self.num_words = 0         # tokens held, at the front
+        self.num_image_tokens = 0  # and at the end
 
     @property
     def length(self):
         """How many tokens it holds"""
-        return self.words + self.images
+        return self.num_words + self.num_image_tokens
 
     @property
     def nbytes(self):
@@ -310,62 +513,71 @@ class KVCache:
         return sum(2 * keys.nbytes for keys in self.keys)
 
     def append(self, modality):
-        """Note the modality (1, T) of T new tokens -> that of all (1, Tk). The layers bring their keys and values."""
+        """Note the modality (1, T) of T new tokens -> that of all (1, Tk). The layers bring their
+        keys and values."""
         stop = self.length + modality.shape[1]
-        if stop > self.size:
-            raise InputError(f"the conversation needs {stop} tokens, and there is room for {self.size}")
+        assert stop <= self.size, f"{stop} tokens, and there is room for {self.size}"
         self.modality[:, self.length:stop] = modality
         return self.modality[:, :stop]
 
     def place(self, picture, position):
-        """Put the P tokens of a picture (`VisualChat.read_picture`) at a position: only now are its keys rotated."""
+        """Put the P tokens of a picture (`VisualChat.keep_picture`) at a position: only now are its
+        keys rotated, and that is all in which they differ from those at another place."""
+        P = picture.num_image_tokens
         stop = self.size - int((self.modality[:, :position] == IMAGE).sum())
-        new = slice(stop - picture.images, stop)
-        positions = torch.arange(position, position + picture.images, device=self.modality.device).flip(0)   # (P)
-        cos, sin = rotary(positions[None], self.config, self.keys[0].dtype)                  # (1, 1, P, d)
+        new = slice(stop - P, stop)
+        # the newest first, as they stand in the buffer
+        positions = torch.arange(position, position + P, device=self.modality.device).flip(0)  # (P)
+        cos, sin = rotary(positions[None], self.config, self.keys[0].dtype)         # (1, 1, P, d)
         for i, (keys, values) in enumerate(zip(picture.keys, picture.values)):
             self.keys[i][:, :, new] = rotate(keys, cos.to(keys.device), sin.to(keys.device))
             self.values[i][:, :, new] = values
 
     def advance(self, pattern):
-        """After the last layer: only now the new tokens count as held (under "causal" all of them as words)."""
-        self.words += pattern.n
-        self.images += pattern.positions.shape[1] - pattern.n
+        """After the last layer: only now the new tokens count as held (under "causal" all of them
+        as words)."""
+        self.num_words += pattern.num_words
+        self.num_image_tokens += pattern.positions.shape[1] - pattern.num_words
 
     def truncate(self, length):
         """Hold the first `length` tokens only"""
-        images = int((self.modality[:, :length] == IMAGE).sum()) if self.images else 0
-        self.words, self.images = length - images, images
-
-    @torch.inference_mode()
-    def blank(self):
-        """Zero what holds nothing. Where a mask hides it, it is multiplied by zero, and so it has to be a number"""
-        for buffer in (*self.keys, *self.values):
-            buffer[:, :, self.words:self.size - self.images] = 0
+        # under "causal" pictures count as words
+        if self.num_image_tokens:
+            self.num_image_tokens = int((self.modality[:, :length] == IMAGE).sum())
+        self.num_words = length - self.num_image_tokens
 
     def layer(self, i, pattern):
         """The part of layer i in the pass of a pattern, as `attend` and `CrossAttention` use it"""
-        return _CacheLayer(self.keys[i], self.values[i], self.words, self.size - pattern.image_mask.shape[3])
+        stop = self.num_words + pattern.num_words
+        return CacheLayer(
+            self.keys[i],
+            self.values[i],
+            slice(self.num_words, stop),
+            stop,
+            self.size - pattern.image_mask.shape[3])
 
 
 @dataclass
-class _CacheLayer:
-    keys: torch.Tensor    # (1, K, length, d)
-    values: torch.Tensor  # (1, K, length, d)
-    words_before: int     # how many it held before this pass
-    images_start: int     # the first image token's place, those of this pass included
+class CacheLayer:
+    """One layer of a cache during a pass"""
+    keys: torch.Tensor            # (1, K, length, d)
+    values: torch.Tensor          # (1, K, length, d)
+    places: slice | torch.Tensor  # where the new words go; in a CUDA graph (1)
+    words_stop: int               # words are looked for up to here
+    images_start: int             # and image tokens from here on, those of this pass included
 
     def add_words(self, k, v):
-        """New words (1, K, n, d) go behind the old -> all of them, twice (1, K, words, d)"""
-        start, stop = self.words_before, self.words_before + k.shape[2]
-        self.keys[:, :, start:stop], self.values[:, :, start:stop] = k, v
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
+        """New words (1, K, n, d) go to their places -> all of them, twice (1, K, words, d)"""
+        self.keys[:, :, self.places] = k
+        self.values[:, :, self.places] = v
+        return self.keys[:, :, :self.words_stop], self.values[:, :, :self.words_stop]
 
     def add_images(self, k, v):
-        """New image tokens (1, K, m, d), newest first, go before the old, unless `KVCache.place` has put them there
-        (then m is 0) -> all of them"""
+        """New image tokens (1, K, m, d), newest first, go before the old, unless `KVCache.place`
+        has put them there (then m is 0) -> all of them"""
         keys, values = self.all_images()
-        keys[:, :, :k.shape[2]], values[:, :, :k.shape[2]] = k, v
+        keys[:, :, :k.shape[2]] = k
+        values[:, :, :k.shape[2]] = v
         return keys, values
 
     def all_images(self):
@@ -373,246 +585,102 @@ class _CacheLayer:
         return self.keys[:, :, self.images_start:], self.values[:, :, self.images_start:]
 
 
-# ---- pictures among the words --------------------------------------------------------------------------------------
+# ---- what serves it: LoRA ------------------------------------------------------------------------
 
-def make_projection(kind, vision, language):
-    """Features (N, P, Dv) -> word-sized vectors (N, P, D): "linear" (the original's `baseline`), "vit" (one more CLIP
-    block of the tower's sizes, then linear) or "perceiver" (256 queries look at the features, P becomes 256)."""
-    D = language.hidden_size
-    if kind == "perceiver":
-        return Perceiver(vision, D)
-    linear = nn.Sequential(nn.Linear(vision.hidden_size, D), nn.LayerNorm(D, eps=1e-12))
-    if kind == "vit":
-        return nn.Sequential(OrderedDict(vis_layer=ViTLayer(vision), projection=linear))
-    if kind != "linear":
-        raise InputError(f"projection {kind!r} is not known, only linear, vit and perceiver")
-    return linear
+class LoRA(nn.Module):
+    """A frozen linear layer and a trained change of low rank (arXiv:2106.09685, section 4.1):
+    x W' + x A' B'.
 
+    Its scale alpha / r is 1. B starts at zero: an untrained change changes nothing."""
 
-class Perceiver(Resampler):
-    """Qwen-VL's resampler on the patches of any tower (the class token is left out), then LayerNorm and Linear."""
-
-    def __init__(self, vision, D):
-        super().__init__(vision.hidden_size, D, eps=1e-12, kv_proj=nn.Linear(vision.hidden_size, D))
-        self.projection = nn.Sequential(nn.LayerNorm(D, eps=1e-12), nn.Linear(D, D))
-        self.class_token = vision.class_token
-        for linear in (self.kv_proj, self.attn.out_proj, self.projection[1]):  # as the original begins
-            with gathered([linear.weight, linear.bias], writer=0):
-                nn.init.trunc_normal_(linear.weight, std=0.02)
-                nn.init.zeros_(linear.bias)
-
-    def forward(self, features):
-        """features (N, P, Dv) -> (N, 256, D)"""
-        return self.projection(super().forward(features[:, int(self.class_token):]))         # (N, 256, D)
-
-
-class VisualChat(nn.Module):
-    """Vision tower, projection and language model: pictures and words in one sequence (figure 1 of the post)."""
-
-    def __init__(self, vision_model, language_model, attention="mmca", projection="linear"):
+    def __init__(self, linear, rank):
         super().__init__()
-        if attention not in ("mmca", "causal", "cross"):
-            raise InputError(f"attention {attention!r} is not known, only mmca, causal and cross")
-        self.vision_model, self.language_model = vision_model, language_model
-        self.attention, self.projection_kind = attention, projection
-        self.projection = make_projection(projection, vision_model.config, language_model.config)
-        self.cross_attention = None
-        if attention == "cross":
-            layers = language_model.model.layers
-            self.cross_attention = nn.ModuleList(CrossAttention(language_model.config) for _ in layers)
-        self.image_tokens = image_tokens(projection, vision_model.config)
-        self.preprocessing = None  # the content of preprocessor_config.json
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features))   # (r, in)
+        nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank))  # (out, r)
 
-    def set_trained(self, everything=False):
-        """Train the recipe's word embedding, projection, CrA's layers and LoRA, or everything that a feature passes"""
-        self.requires_grad_(everything)
-        for part in (self.language_model.model.embed_tokens, self.projection, self.cross_attention):
-            if part is not None:
-                part.requires_grad_(True)
-        for module in self.modules():
-            if isinstance(module, LoRA):
-                module.lora_A.requires_grad_(True), module.lora_B.requires_grad_(True)
-            for part in getattr(module, "untrained", []):
-                part.requires_grad_(False)
-
-    def encode_images(self, pixels):
-        """pixels (N, 3, S, S) -> projected features (N, P, D); a frozen tower runs without a graph"""
-        trained = any(p.requires_grad for p in self.vision_model.parameters())
-        with nullcontext() if trained else torch.no_grad():
-            features = self.vision_model(pixels.to(self.language_model.model.norm.weight.dtype))     # (N, P, Dv)
-        return self.projection(features)                                                     # (N, P, D)
-
-    def embed(self, input_ids, modality, features=None):
-        """Words are looked up, features (N, P, D) written to the image positions in order -> (B, T, D)"""
-        embeds = self.language_model.model.embed_tokens(input_ids)          # (B, T, D)
-        places = (modality == IMAGE).nonzero(as_tuple=True)                 # (N P), (N P): row and position
-        rows = embeds[0, :0] if features is None else features.flatten(0, 1)    # (N P, D)
-        if len(places[0]) != len(rows):
-            raise InputError(f"{len(places[0])} image positions in the batch, but {len(rows)} image tokens "
-                             "to put there")
-        return embeds.index_put(places, rows)                               # (B, T, D)
-
-    def forward(self, input_ids, modality, labels, pixels, image_index):
-        """One batch of `data.collate` -> the loss of every trained token, and whether it was the first choice.
-
-        input_ids, modality, labels (B, T); labels[t] is input_ids[t] or -100: the shift is made here. pixels
-        (U, 3, S, S) are the distinct pictures, image_index (N) says which of them stands at each place. Returns losses
-        (n) float32 and hits (n) bool, one for each label but -100, row by row; logits are computed there only."""
-        features = self.encode_images(pixels)[image_index] if len(image_index) else None     # (N, P, D)
-        # a GPU's kernels want rows of a mask that are multiples of 8; else torch would fill them up, in each layer
-        who = pattern(modality, modality, self.attention, 1 if modality.is_cpu else 8)
-        following = F.pad(labels[:, 1:], (0, 1), value=-100)                # (B, T): what each token should say next
-        targets = who.arrange(following)[:, :who.n]                         # (B, n)
-        # where the labels are is asked before the decoder: to count them Python waits until the GPU
-        # has come that far; from then on it runs ahead
-        trained = (targets != -100).nonzero(as_tuple=True)                  # (labels), (labels): row and word
-        if len(trained[0]) != int((following != -100).sum()):
-            raise InputError("a label stands on an image token or behind one, where no word says it")
-        targets = targets[trained]                                          # (labels)
-        x = who.arrange(self.embed(input_ids, modality, features))          # (B, n + m, D), words first
-        x = self.language_model.model(x, who, None, self.cross_attention)   # (B, n, D)
-        logits = self.language_model.lm_head(x[trained]).float()            # (labels, V)
-        return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
-
-    @torch.inference_mode()
-    def read_picture(self, features):
-        """features (P, D) of a picture -> what `read` takes of it.
-
-        Under MMCA an image token sees only itself, so that its keys and values in all layers depend on nothing else:
-        they are computed here, once for every conversation and place, by the same pass as always, with image tokens
-        and no words. All stand at position 0, where a key is not rotated. Returns a KVCache of P tokens; under the
-        other two the features."""
-        if self.attention != "mmca":
-            return features
-        model = self.language_model.model
-        modality = features.new_full((1, len(features)), IMAGE, dtype=torch.long)            # (1, P)
-        who = pattern(modality, modality)
-        who.positions.zero_()
-        picture = KVCache(model.config, len(features), list(model.devices) or features.device, features.dtype)
-        model(features[None].flip(1), who, picture)
-        picture.advance(who)
-        return picture
-
-    @torch.inference_mode()
-    def read(self, input_ids, modality, cache, pictures=()):
-        """Continue a conversation: T new tokens (1, T), the last a word, go into the cache -> logits of the next (V).
-        pictures: what `read_picture` made of each picture among them; under MMCA only the words pass the decoder."""
-        who = pattern(modality, cache.append(modality), self.attention)
-        if self.attention == "mmca":
-            starts = who.positions[0, who.n:].flip(0)[::self.image_tokens].tolist()
-            if len(starts) != len(pictures):
-                raise InputError(f"{len(starts)} pictures in the tokens, {len(pictures)} given")
-            for start, picture in zip(starts, pictures):
-                cache.place(picture, start)
-            x = self.language_model.model.embed_tokens(who.arrange(input_ids)[:, :who.n])    # (1, n, D)
-        else:
-            x = who.arrange(self.embed(input_ids, modality, torch.stack(pictures) if pictures else None))
-        x = self.language_model.model(x, who, cache, self.cross_attention)  # (1, n, D)
-        head = self.language_model.lm_head  # where it shares its weight with the embedding, on the first device
-        logits = head(x[0, -1].to(head.weight.device)).float()              # (V)
-        cache.advance(who)  # last: until here an interrupt leaves the cache as it was
-        return logits
-
-    @classmethod
-    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
-        """Open a checkpoint that `save_pretrained` wrote. device: one, or a list of them, over which the language
-        model's layers are spread in order; the first has the vision tower, the last the head."""
-        folder, devices = checkpoint_folder(folder), device if isinstance(device, list) else [device]
-        if not (folder / "config.json").is_file():
-            raise InputError(f"{folder} is no checkpoint: config.json, projection.safetensors, language_model/ and "
-                             "vision_model/ belong there; train.py writes them to OUT/epoch-N")
-        config = read_json(folder / "config.json")
-        try:
-            features = config["feature_layer"], config["class_token"]
-            vision = load_vit(folder / "vision_model", dtype, devices[0], *features)
-            language = load_llama(folder / "language_model", dtype, devices)
-            model = cls(vision, language, config["attention"], config["projection"]).to(dtype)
-        except KeyError as error:
-            raise InputError(f"{folder}/config.json is not that of a checkpoint: {error.args[0]} missing") from error
-        fill(model.projection.to(devices[0]), [folder / "projection.safetensors"])
-        if model.cross_attention is not None:
-            fill(model.cross_attention, [folder / "cross_attention.safetensors"])
-            places = language.model.devices or devices * len(model.cross_attention)
-            for layer, where in zip(model.cross_attention, places):
-                layer.to(where)
-        model.preprocessing = read_preprocessing(folder / "vision_model", vision.config.image_size)
-        return model.eval()
-
-    def save_pretrained(self, folder, tokenizer=None, bases=None):
-        """Write the checkpoint that `from_pretrained` opens and whose two folders transformers opens; bit-exact, LoRA
-        merged into plain weights.
-
-        It is written beside and renamed when whole; InputError if the disk does not take it. tokenizer: the file
-        tokenizer.model, copied to language_model/. bases: the folders of language model and vision tower that were
-        trained from; then only what was trained is written, LoRA as its factors, and where the rest is. Under ZeRO-3
-        every process must call this: each tensor is gathered, and process 0 writes."""
-        folder = Path(folder).resolve()
-        work, old = folder.with_name(f".{folder.name}.unfinished"), folder.with_name(f".{folder.name}.old.unfinished")
-        language, vision = self.language_model.config, self.vision_model.config
-        qwen = isinstance(vision, QwenConfig)
-        dtype = str(self.language_model.model.norm.weight.dtype).removeprefix("torch.")
-        sizes = {k: v for k, v in asdict(vision).items() if k not in ("feature_layer", "class_token")}
-        configs = {
-            "config.json": {"model_type": "visualchat", "attention": self.attention, "projection": self.projection_kind,
-                            "image_tokens": self.image_tokens, "feature_layer": vision.feature_layer,
-                            "class_token": vision.class_token,
-                            **{f"{name}lora_rank": next((m.rank for m in part.modules() if isinstance(m, LoRA)), 0)
-                               for name, part in (("", self.language_model), ("vision_", self.vision_model))}},
-            "language_model/config.json": {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
-                                           **asdict(language), "hidden_act": "silu", "bos_token_id": 1,
-                                           "eos_token_id": 2, "torch_dtype": dtype},
-            "vision_model/config.json": {"visual": sizes, "torch_dtype": dtype} if qwen else {
-                "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **sizes, "torch_dtype": dtype},
-            "vision_model/preprocessor_config.json": {"image_processor_type": "CLIPImageProcessor",
-                                                      **self.preprocessing}}
-        parts = {"language_model": self.language_model, "vision_model": self.vision_model}
-        try:
-            if is_main():
-                shutil.rmtree(work, ignore_errors=True)
-                for part, base in zip(parts, bases or [None, None]):
-                    (work / part).mkdir(parents=True)
-                    if base:
-                        configs[f"{part}/config.json"]["base"] = os.path.relpath(Path(base).resolve(), folder / part)
-                for name, content in configs.items():
-                    write_json(work / name, content)
-                if tokenizer:
-                    shutil.copyfile(tokenizer, work / "language_model/tokenizer.model")
-            for part, module in parts.items():
-                if bases:
-                    save_weights(((n, [p]) for n, p in module.named_parameters() if p.requires_grad),
-                                 work / part / "trained.safetensors")
-                else:
-                    prefix = "vision_model." if part == "vision_model" and not qwen else ""
-                    save_weights(plain_weights(module, prefix), work / part / "model.safetensors")
-            save_weights(plain_weights(self.projection), work / "projection.safetensors")
-            if self.cross_attention is not None:
-                save_weights(plain_weights(self.cross_attention), work / "cross_attention.safetensors")
-            if is_main():
-                if folder.exists():
-                    folder.rename(old)
-                work.rename(folder)
-                shutil.rmtree(old, ignore_errors=True)
-        except OSError as error:
-            shutil.rmtree(work, ignore_errors=True)
-            raise InputError(f"{folder} cannot be written: {reason_of(error)}") from error
+    def forward(self, x):
+        """x (..., in) -> (..., out)"""
+        change = F.linear(F.linear(x, self.lora_A), self.lora_B)            # (..., out)
+        return F.linear(x, self.weight, self.bias) + change                 # (..., out)
 
 
-# ---- weights in and out --------------------------------------------------------------------------------------------
+def add_lora(layers, rank):
+    """Put LoRA in the place of every linear layer of some blocks; rank 0 for none"""
+    for module in list(layers.modules()) if rank else ():
+        for name, linear in list(module.named_children()):
+            if isinstance(linear, nn.Linear):
+                setattr(module, name, LoRA(linear, rank))
 
-def load_llama(folder, dtype=torch.float32, device="cpu", empty=partial(torch.device, "meta")):
-    """A LLaMA-2 from a folder in Hugging Face layout: config.json and *.safetensors (or *.bin), one file or shards.
 
-    device: one, or a list over which the layers are spread in order. empty() is the context in which the model is made
-    before its weights come: nowhere, or DeepSpeed's zero.Init, and then no process holds more of it than its part."""
+def merged(weight, A, B):
+    """A linear layer's weight (out, in) and LoRA's factors A (r, in), B (out, r) -> W + B A,
+    computed in float32"""
+    return (weight.float() + B.float() @ A.float()).to(weight.dtype)        # (out, in)
+
+
+# ---- what serves it: weights from files ----------------------------------------------------------
+
+def read_llama_config(folder):
+    """LlamaConfig from a config.json as transformers 4 and 5 write it. What this file does not
+    compute is refused by name."""
+    file = Path(folder) / "config.json"
+    config = read_config(file)
+    # transformers 5 has rope_theta in a section, which may also say that the rotation is another
+    rope = read_section(config, "rope_scaling") | read_section(config, "rope_parameters")
+    default = "default" if rope.keys() <= {"rope_theta"} else "missing"
+    config |= {"rope_type": rope.get("type", default), **rope}
+    computed = {
+        "model_type": ["llama"],
+        "attention_bias": [False],
+        "mlp_bias": [False],
+        "sliding_window": [],
+        "hidden_act": ["silu", "swish"],
+        "partial_rotary_factor": [1],
+        "rope_type": ["default"]}
+    strange = [
+        f"{name} = {config[name]!r}"
+        for name in computed
+        if config.get(name) not in [None, *computed[name]]]
+    if strange:
+        raise InputError(f"{file}: not supported by this LLaMA-2: {', '.join(strange)}")
+    # what transformers leaves out
+    with suppress(KeyError, TypeError, ZeroDivisionError):
+        config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
+    defaults = {
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "head_dim": 0}
+    return make_config(LlamaConfig, "a LLaMA", file, defaults | config)
+
+
+def load_llama(
+        folder,
+        dtype=torch.float32,
+        device="cpu",
+        empty=partial(torch.device, "meta")):
+    """A LLaMA-2 from a folder in Hugging Face layout: config.json and *.safetensors (or *.bin), one
+    file or shards.
+
+    device: one, or a list over which the layers are spread in order. empty() is the context in
+    which the model is made before its weights come: nowhere, or DeepSpeed's zero.Init, and then no
+    process holds more of it than its part."""
     with empty():
-        model = Llama(LlamaConfig.read(folder))
-    tied, devices = model.config.tie_word_embeddings, device if isinstance(device, list) else [device]
+        model = Llama(read_llama_config(folder))
+    devices = device if isinstance(device, list) else [device]
     L = len(model.model.layers)
     layers = [devices[i * len(devices) // L] for i in range(L)]
     model.model.devices = layers if len(devices) > 1 else ()
+    tied = model.config.tie_word_embeddings
 
     def rename(name):
-        return None if name.endswith("rotary_emb.inv_freq") or tied and name == "lm_head.weight" else name
+        """LLaMA-2's published files hold what is computed; a tied head is the embedding"""
+        if name.endswith("rotary_emb.inv_freq") or tied and name == "lm_head.weight":
+            return None
+        return name
 
     def place(name):
         if name.startswith("model.layers."):
@@ -622,39 +690,45 @@ def load_llama(folder, dtype=torch.float32, device="cpu", empty=partial(torch.de
     load_weights(model, folder, rename, dtype, place)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
-    return model.eval()
+    return model
 
 
-def load_vit(folder, dtype=torch.float32, device="cpu", feature_layer=-1, class_token=True,
-             empty=partial(torch.device, "meta")):
-    """A vision tower: CLIP's, from a CLIPVisionModel (with the prefix vision_model. or without) or a whole CLIPModel;
-    or Qwen-VL's, extracted or from a whole checkpoint, of which nothing else is read and no other shard needed."""
-    sizes = vit_sizes(folder, feature_layer, class_token)
+def load_vit(
+        folder,
+        dtype=torch.float32,
+        device="cpu",
+        feature_layer=-1,
+        class_token=True,
+        empty=partial(torch.device, "meta")):
+    """A vision tower: CLIP's, from a CLIPVisionModel (with the prefix vision_model. or without) or
+    a whole CLIPModel; or Qwen-VL's, extracted or from a whole checkpoint, of which nothing else is
+    read and no other shard needed."""
     with empty():
-        model = make_vit(sizes)
+        model = make_vit(vit_sizes(folder, feature_layer, class_token))
     load_weights(model, folder, vit_name, dtype, lambda name: device)
-    return model.eval()
+    return model
 
 
 def vit_sizes(folder, feature_layer=-1, class_token=True):
-    """ViTConfig or QwenConfig of a folder, and from its weights, if there are any, the number of Qwen-VL's queries"""
-    config = read_vit_config(folder, feature_layer, class_token)
-    for file in weight_files(bases(folder)[0], vit_name) if has_weights(folder) else ():
-        for name, shape, _ in _tensors(file):
+    """ViTConfig or QwenConfig of a folder; the number of Qwen-VL's queries stands in its weights
+    alone"""
+    sizes = read_vit_config(folder, feature_layer, class_token)
+    for file in weight_files(bases(folder)[0], "model", vit_name):
+        for name, shape, _ in read_tensors(file):
             if vit_name(name) == "attn_pool.query":
-                if isinstance(config, ViTConfig):
-                    raise InputError(f"{folder} holds the weights of Qwen-VL's encoder, but its config.json has no "
-                                     "section `visual`: put Qwen-VL's config.json there")
-                config.n_queries = shape[0]
-    return config
+                sizes.n_queries = shape[0]
+    return sizes
 
 
 def vit_name(name):
-    """A name in a published file -> its name in ViT or QwenViT; None for CLIP's text tower, Qwen-VL's language model
-    and its last matrix (which the original does not use), and for what is computed"""
-    language = "transformer.h.", "transformer.wte.", "transformer.ln_f.", "transformer.rotary_emb.", "lm_head."
-    rest = "transformer.visual.proj", "text_model.", "text_projection.", "visual_projection.", "logit_scale"
-    if name.startswith(language + rest) or name.endswith("position_ids"):
+    """A name in a published file -> its name in ViT or QwenViT; None for CLIP's text tower,
+    Qwen-VL's language model and its last matrix (which the original does not use), and for what is
+    computed"""
+    others = (
+        "transformer.h.", "transformer.wte.", "transformer.ln_f.", "transformer.rotary_emb.",
+        "lm_head.", "transformer.visual.proj",
+        "text_model.", "text_projection.", "visual_projection.", "logit_scale")
+    if name.startswith(others) or name.endswith("position_ids"):
         return None
     return name.removeprefix("transformer.visual.").removeprefix("vision_model.")
 
@@ -664,126 +738,232 @@ def make_vit(config):
     return QwenViT(config) if isinstance(config, QwenConfig) else ViT(config)
 
 
-def weight_files(folder, rename=lambda name: name):
-    """The files that hold a model's weights, one or those shards of an index with a tensor that rename does not leave
-    out; InputError if there are none."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index, files = folder / f"{name}.index.json", [folder / name]
-        if index.exists():
-            places = read_section(read_json(index), "weight_map")
-            files = [folder / file for file in sorted({file for name, file in places.items() if rename(name)})]
-            missing = [file.name for file in files if not file.exists()]
-            if missing:
-                raise InputError(f"{folder}: {index.name} names {', '.join(missing)}, not found there")
-        if files and files[0].exists():
-            return files
-    raise InputError(f"{folder} holds no weights: model.safetensors, or shards with model.safetensors.index.json, "
-                     "belong there")
-
-
 def bases(folder):
     """[folder], or if it holds only what was trained, first the folders that it was trained from"""
     folder = Path(folder)
     base = read_json(folder / "config.json").get("base")
-    if not base:
-        return [folder]
-    if not (folder / str(base) / "config.json").is_file():
-        raise InputError(f"{folder} holds only what was trained; its base {base} is not there")
-    return [*bases(folder / base), folder]
+    return [*bases((folder / base).resolve()), folder] if base else [folder]
 
 
-def has_weights(folder):
-    """Whether a folder holds weights, and not a config.json alone"""
-    folder = bases(folder)[0]
-    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+def weight_files(folder, part="model", rename=lambda name: name):
+    """The files of a part's weights: PART.safetensors, or the shards in its index that hold a
+    tensor which rename does not leave out. InputError if there are none."""
+    for name in (f"{part}.safetensors", f"pytorch_{part}.bin"):
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            shards = read_section(read_json(index), "weight_map")
+            return [folder / file for file in sorted(
+                {shards[name] for name in shards if rename(name)})]
+        if (folder / name).exists():
+            return [folder / name]
+    raise InputError(f"{folder} holds no weights: {part}.safetensors, or shards with "
+                     f"{part}.safetensors.index.json, belong there")
 
 
 def load_weights(module, folder, rename, dtype, place):
     """Fill module from the weights of a folder; what was trained from a base comes on top of it"""
     base, *trained = bases(folder)
-    fill(module, weight_files(base, rename), rename, dtype, place)
+    fill(module, weight_files(base, "model", rename), rename, dtype, place)
     parameters = dict(module.named_parameters())
-    for file in (folder / "trained.safetensors" for folder in trained):
-        factors = {}
-        for name, shape, read in _tensors(file):
+    for folder in trained:
+        tensors = {
+            name: read()
+            for file in weight_files(folder, "trained")
+            for name, _, read in read_tensors(file)}
+        for name, tensor in tensors.items():
             target, _, factor = name.partition(".lora_")
+            if factor == "A":
+                continue  # it is taken with its B
             parameter = parameters.get(f"{target}.weight" if factor else name)
-            if parameter is None or not factor and shape != size_of(parameter):
-                raise InputError(f"{file}: {name} {tuple(shape)} does not fit the model of its base {base}")
-            if factor:
-                factors.setdefault(target, {})[factor] = read().to(parameter)
+            if parameter is None or not factor and tensor.shape != size_of(parameter):
+                raise InputError(f"{folder}: {name} does not fit the model of its base {base}")
             with gathered([parameter], writer=0):
-                if not factor:
-                    parameter.data.copy_(read())
-                elif len(factors[target]) == 2:
-                    parameter.data.copy_(merged(parameter.data, **factors.pop(target)))
+                if factor:
+                    A = tensors[f"{target}.lora_A"].to(parameter)           # (r, in)
+                    tensor = merged(parameter.data, A, tensor.to(parameter))    # (out, in)
+                parameter.data.copy_(tensor)
 
 
-def merged(weight, A, B):
-    """A linear layer's weight (out, in) and LoRA's factors A (r, in), B (out, r) -> W + B A, computed in float32"""
-    return (weight.float() + B.float() @ A.float()).to(weight.dtype)                         # (out, in)
-
-
-def fill(module, files, rename=lambda name: name, dtype=None, place=lambda name: None):
+def fill(
+        module,
+        files,
+        rename=lambda name: name,
+        dtype=None,
+        place=lambda name: None):
     """Stream tensors from files into the parameters of module, one at a time; strict.
 
-    rename(name in the file) -> name in the module, or None for a tensor left out on purpose. Parameters on the meta
-    device are made as they come, with dtype and on place(name); of those that ZeRO-3 has spread process 0 reads each
-    and gives every process its part. InputError names unknown and missing tensors and shapes that do not fit."""
-    targets, wrong = dict(module.named_parameters()), []
+    rename(name in the file) -> name in the module, or None for a tensor left out on purpose.
+    Parameters on the meta device are made as they come, with dtype and on place(name); of those
+    that ZeRO-3 has spread process 0 reads each and gives every process its part. InputError names
+    unknown and missing tensors and shapes that do not fit."""
+    targets = dict(module.named_parameters())
+    wrong = []
     for file in files:
-        for name, shape, read in _tensors(file):
+        for name, shape, read in read_tensors(file):
             target = rename(name)
+            parameter = targets.pop(target, None)
             if target is None:
                 continue
-            if target not in targets:
+            if parameter is None:
                 wrong.append(f"{name} is not in the model")
-                continue
-            parameter = targets.pop(target)
-            if shape != size_of(parameter):
-                wrong.append(f"{name} is {tuple(shape)} in the file, {tuple(size_of(parameter))} in the model")
+            elif shape != size_of(parameter):
+                wrong.append(f"{name} is {tuple(shape)} in the file, {tuple(size_of(parameter))} "
+                             "in the model")
             elif parameter.is_meta:
                 owner, _, leaf = target.rpartition(".")
-                setattr(module.get_submodule(owner), leaf, nn.Parameter(read().to(place(target), dtype)))
+                tensor = read().to(place(target), dtype)
+                setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor))
             else:
                 with gathered([parameter], writer=0):
                     if is_main() or not hasattr(parameter, "ds_id"):
                         parameter.data.copy_(read())
     wrong += [f"{name} is missing" for name in targets]
     if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise InputError(f"the weights in {files[0].parent} do not fit the model: {'; '.join(wrong[:5])}{more}")
+        raise InputError(f"the weights in {files[0].parent} do not fit the model: "
+                         f"{'; '.join(wrong[:5])} ({len(wrong)} in all)")
 
 
-def _tensors(file):
-    """(name, shape, function that reads it) of each tensor of a .safetensors or, running no code in it, a .bin file."""
+def read_tensors(file):
+    """(name, shape, function that reads it) of each tensor of a .safetensors or, running no code in
+    it, a .bin file."""
     try:
         if file.suffix == ".bin":
-            mapped = zipfile.is_zipfile(file)  # torch's format since version 1.6; before it was a pickle
-            if not mapped and file.open("rb").read(1) != b"\x80":
-                raise TypeError("not in torch's format; was it downloaded whole, or is it a Git LFS pointer?")
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-            if not (isinstance(content, dict) and all(isinstance(t, torch.Tensor) for t in content.values())):
-                raise TypeError("something else than named tensors is in them")
-            yield from ((name, tensor.shape, lambda tensor=tensor: tensor) for name, tensor in content.items())
+            # torch's format since version 1.6 can be mapped; before it was a pickle
+            content = torch.load(
+                file,
+                map_location="cpu",
+                weights_only=True,
+                mmap=zipfile.is_zipfile(file))
+            for name, tensor in content.items():
+                yield name, tensor.shape, lambda tensor=tensor: tensor
         else:
             with safe_open(file, "pt") as content:
                 for name in content.keys():
                     shape = torch.Size(content.get_slice(name).get_shape())
-                    yield name, shape, lambda name=name: content.get_tensor(name)
-    except pickle.UnpicklingError as error:
-        raise InputError(f"weights {file} hold more than tensors and are not opened: code in them could run") from error
+                    yield name, shape, partial(content.get_tensor, name)
     except Exception as error:  # of a damaged file anything
-        raise InputError(f"weights {file} cannot be read: {reason_of(error)}") from error
+        reason = reason_of(error)
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "they hold more than tensors, and code in them could run"
+        raise InputError(f"weights {file} cannot be read: {reason}; was it downloaded whole, or is "
+                         "it a Git LFS pointer?") from error
 
 
-def checkpoint_folder(path):
-    """The folder of a checkpoint: train.py's OUT/best is a file with the name of the one beside it"""
-    path = Path(path)
-    if path.name == "best" and path.is_file():
-        return path.parent / path.read_text(errors="replace").strip()
-    return path
+# ---- what serves it: weights to files ------------------------------------------------------------
 
+@contextmanager
+def whole_folder(folder):
+    """A folder to write to, which takes the place of `folder` when all is written: whatever
+    happens, a half of one never has that name"""
+    folder = Path(folder).resolve()
+    work = folder.with_name(f".{folder.name}.unfinished")
+    old = folder.with_name(f".{folder.name}.old.unfinished")
+    try:
+        if is_main():
+            for leftover in (work, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+        yield work
+        if is_main():
+            if folder.exists():
+                folder.rename(old)
+            work.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+    except (InputError, OSError, SafetensorError) as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise InputError(f"{folder} cannot be written: {reason_of(error)}") from error
+
+
+def write_configs(model, folder, tokenizer, bases):
+    """The files of a checkpoint that are no weights; bases as in `save_pretrained`"""
+    vision = model.vision_model.config
+    own = {
+        "model_type": "visualchat",
+        "attention": model.attention,
+        "projection": model.projection_kind,
+        "image_tokens": model.image_tokens,
+        "feature_layer": vision.feature_layer,
+        "class_token": vision.class_token}
+    language = {"model_type": "llama", **asdict(model.language_model.config)}
+    sizes = {
+        name: value
+        for name, value in asdict(vision).items()
+        if name not in own}
+    tower = {"model_type": "clip_vision_model", **sizes}
+    if isinstance(vision, QwenConfig):
+        tower = {"visual": sizes}
+    preprocessing = {"image_processor_type": "CLIPImageProcessor", **model.preprocessing}
+
+    (folder / "language_model").mkdir(parents=True)
+    (folder / "vision_model").mkdir()
+    if tokenizer:
+        shutil.copyfile(tokenizer.file, folder / "language_model/tokenizer.model")
+        # with others transformers would not stop
+        language |= {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    if bases:
+        # relative to where the folder will be when it is whole, beside this one
+        language["base"], tower["base"] = (
+            os.path.relpath(Path(base).resolve(), folder / "language_model") for base in bases)
+    write_json(folder / "config.json", own)
+    write_json(folder / "language_model/config.json", language)
+    write_json(folder / "vision_model/config.json", tower)
+    write_json(folder / "vision_model/preprocessor_config.json", preprocessing)
+
+
+def plain_weights(module, prefix=""):
+    """(name, parameters that it is made of) of each tensor of a model as it is published: LoRA's
+    factors are merged"""
+    for name, parameter in module.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner)
+        if isinstance(owner, LoRA) and leaf == "weight":
+            yield prefix + name, [parameter, owner.lora_A, owner.lora_B]
+        elif not leaf.startswith("lora_"):
+            yield prefix + name, [parameter]
+
+
+SHARD_BYTES = 1e9  # of a file: so much, or one tensor, process 0 gathers before it writes
+
+
+def save_weights(tensors, file):
+    """Write (name, parameters) of `plain_weights` to a .safetensors file; if they are more than
+    SHARD_BYTES, to shards with an index."""
+    shards = [[]]
+    size = 0
+    for name, parts in tensors:
+        count = size_of(parts[0]).numel() * parts[0].element_size()
+        size += count
+        if shards[-1] and size > SHARD_BYTES:
+            shards.append([])
+            size = count
+        shards[-1].append((name, parts))
+    index = {}
+    for n, shard in enumerate(shards, 1):
+        name = f"{file.stem}-{n:05d}-of-{len(shards):05d}.safetensors"
+        target = file.with_name(name) if len(shards) > 1 else file
+        content = {}
+        for name, parts in shard:
+            index[name] = target.name
+            with gathered(parts):
+                if is_main():
+                    tensor = parts[0] if len(parts) == 1 else merged(*parts)
+                    if not tensor.isfinite().all():
+                        raise InputError(f"{name} has values that are no finite numbers")
+                    content[name] = tensor.detach().to("cpu", copy=True)
+        if is_main():
+            save_file(content, target, {"format": "pt"})
+    if len(shards) > 1 and is_main():
+        write_json(
+            file.with_name(f"{file.name}.index.json"),
+            {"metadata": {}, "weight_map": index})
+
+
+def write_json(path, content):
+    """Write content to a JSON file, readable and in UTF-8"""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    Path(path).write_text(text, encoding="utf-8")
+
+
+# ---- what serves it: processes and devices -------------------------------------------------------
 
 def is_main():
     """Whether this is the one process that prints and writes"""
@@ -796,58 +976,37 @@ def size_of(parameter):
 
 
 def gathered(parameters, writer=None):
-    """A context in which parameters that ZeRO-3 has spread are whole; what process `writer` changes is everybody's"""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+    """A context in which parameters that ZeRO-3 has spread are whole; what process `writer` changes
+    is everybody's"""
+    if not hasattr(parameters[0], "ds_id"):
         return nullcontext()
     import deepspeed
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=writer)
 
 
-def plain_weights(module, prefix=""):
-    """(name, parameters that it is made of) of each tensor of a model as it is published: LoRA's factors are merged"""
-    for name, parameter in module.named_parameters():
-        owner, leaf = module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        if isinstance(owner, LoRA) and leaf == "weight":
-            yield prefix + name, [parameter, owner.lora_A, owner.lora_B]
-        elif not leaf.startswith("lora_"):
-            yield prefix + name, [parameter]
+def choose_device(device=None, dtype=None):
+    """Choose device, number format and attention's kernels; the choice is printed.
 
-
-FORMATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-
-
-def save_weights(tensors, file, shard_bytes=5e9):
-    """Write (name, parameters) of `plain_weights` to a .safetensors file; above shard_bytes to shards with an index.
-
-    The format (github.com/huggingface/safetensors): the length of a JSON header as 8 bytes, the header with the place
-    of each tensor, their bytes. Since sizes are known before, each tensor is gathered, written and let go."""
-    shards, size = [[]], 0
-    for name, parts in tensors:
-        count = size_of(parts[0]).numel() * parts[0].element_size()
-        if shards[-1] and size + count > shard_bytes:
-            shards, size = shards + [[]], 0
-        shards[-1].append((name, parts, [size, size + count]))
-        size += count
-    index = {}
-    for n, shard in enumerate(shards, 1):
-        target = file if len(shards) == 1 else file.with_name(f"{file.stem}-{n:05d}-of-{len(shards):05d}{file.suffix}")
-        index |= {name: target.name for name, *_ in shard}
-        header = json.dumps({"__metadata__": {"format": "pt"}, **{
-            name: {"dtype": FORMATS[parts[0].dtype], "shape": list(size_of(parts[0])), "data_offsets": place}
-            for name, parts, place in shard}}).encode()
-        header += b" " * (-len(header) % 8)
-        with open(target, "wb") if is_main() else nullcontext() as output:
-            if output:
-                output.write(len(header).to_bytes(8, "little") + header)
-            for _, parts, _ in shard:
-                with gathered(parts):
-                    if output:
-                        tensor = parts[0] if len(parts) == 1 else merged(*parts)
-                        output.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    if len(shards) > 1 and is_main():
-        write_json(file.with_name(f"{file.name}.index.json"), {"metadata": {}, "weight_map": index})
-
-
-def write_json(path, content):
-    """Write content to a JSON file, readable and in UTF-8"""
-    Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    device: "cpu", "cuda:1", several with commas between, None for the best there is; dtype:
+    "float32", "bfloat16", "float16", None for the best that the devices compute. Returns (list of
+    torch.device, torch.dtype)."""
+    # cuDNN's attention, torch's first choice on an H100, makes a plan for each new shape (half a
+    # second), and here nearly every batch has one; with a mask some shapes give NaN gradients
+    # (pytorch issue 196678)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    devices = []
+    for name in str(device).split(","):
+        try:
+            devices.append(torch.empty(1, device=name).device)
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
+            raise InputError(f"device {name}: {reason_of(error)}") from error
+    if dtype is None:
+        kinds = {device.type for device in devices}
+        dtype = "float32" if kinds == {"cpu"} else "bfloat16"
+        # older GPUs have no bfloat16
+        if "cuda" in kinds and not torch.cuda.is_bf16_supported(including_emulation=False):
+            dtype = "float16"
+    if not int(os.environ.get("RANK", 0)):
+        print(f"device {', '.join(map(str, devices))}, number format {dtype}")
+    return devices, getattr(torch, dtype)

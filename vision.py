@@ -64,6 +64,27 @@ def read_json(path, kind=dict):
     return content
 
 
+def write_whole(file, text):
+    """Write a text file under another name and rename it when it is whole; InputError if the disk does not take it"""
+    unfinished = Path(f"{file}.unfinished")
+    try:
+        with open(unfinished, "w", newline="", encoding="utf-8", errors="replace") as content:
+            content.write(text)
+        unfinished.replace(file)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise InputError(f"{file} cannot be written: {reason_of(error)}") from error
+
+
+def checkpoint_path(path):
+    """A path, OUT/best or in it followed: train.py writes best as a file with the name of the best checkpoint"""
+    path = Path(path)
+    for best in (path, path.parent):
+        if best.name == "best" and best.is_file():
+            return best.parent / best.read_text(errors="replace").strip() / path.relative_to(best)
+    return path
+
+
 def read_config(file):
     """The settings of a config.json but those that are null, which stand for the default"""
     return {name: value for name, value in read_json(file).items() if value is not None}
@@ -525,6 +546,6 @@ def read_vit_config(folder, feature_layer=-1, class_token=True):
     return config
 
 
-def image_tokens(projection, vision):
+def count_image_tokens(projection, vision):
     """P: how many positions a picture takes, projection and vision tower being these"""
     return 256 if projection == "perceiver" else vision.image_tokens

@@ -19,6 +19,7 @@ Below held_out/ a file for each kind of question, with 150 conversations that ha
 be answered from what was said before; what is asked first, from the pictures alone.
 """
 import argparse
+import hashlib
 import json
 import random
 import shutil
@@ -430,8 +431,15 @@ def main():
     parser.add_argument("--scenes", type=int, help="N of train/ in the head of this file (5000; with --bases conversations, 100000)")
     parser.add_argument("--seed", type=int, default=1, help="of everything drawn (%(default)s)")
     args = parser.parse_args()
+    # by this the data of another version, or of other flags, are known
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    made_by = f"make.py {source} bases {args.bases} scenes {args.scenes} seed {args.seed}\n"
     if args.out.exists():
-        parser.error(f"{args.out} is already there; remove it to draw it anew")
+        known = args.out / "made_by"
+        if known.exists() and known.read_text() == made_by:
+            print(f"{args.out} is already there")
+            return
+        parser.error(f"{args.out} is already there, not as this command makes it; remove it to draw it anew")
     unfinished = args.out.with_name(f".{args.out.name}.unfinished")  # a half of it is never taken for the whole
     shutil.rmtree(unfinished, ignore_errors=True)
     if args.bases:
@@ -439,6 +447,7 @@ def main():
     else:
         write(unfinished / "train", args.scenes or 5000, random.Random(f"train {args.seed}"))
         held_out(unfinished / "held_out", min(150, args.scenes or 150), random.Random(f"held out {args.seed}"))
+    (unfinished / "made_by").write_text(made_by)
     unfinished.rename(args.out)
 
 

@@ -46,9 +46,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train  # noqa: E402
 from chat import Chat, pick  # noqa: E402
 from data import Epoch, Samples, Tokenizer, Turn, collate, encode, read_datasets  # noqa: E402
-from mmca import IMAGE, PAD, TEXT, attend, attend_explicit, attention_matrix, pattern  # noqa: E402
-from model import Llama, LlamaConfig, VisualChat, make_vit, plain_weights, save_weights, vit_sizes, write_json  # noqa: E402
-from vision import CLIP_PREPROCESSING, InputError, QwenConfig, ViT, ViTConfig, positive  # noqa: E402
+from mmca import IMAGE, PAD, TEXT, attend, attend_explicit, attention_matrix, make_pattern  # noqa: E402
+import model as model_file  # noqa: E402
+from model import (Llama, LlamaConfig, VisualChat, make_vit, plain_weights, read_llama_config, save_weights,  # noqa: E402
+                   vit_sizes, write_json)
+from vision import CLIP_PREPROCESSING, InputError, QwenConfig, ViT, ViTConfig, positive, read_vit_config  # noqa: E402
 
 LANGUAGE = {"7b": LlamaConfig(4096, 11008, 32, 32, 32, 128, 32000),
             "13b": LlamaConfig(5120, 13824, 40, 40, 40, 128, 32000),
@@ -90,9 +92,9 @@ def bench_mmca(args):
     for name, rows in batches.items():
         T = max(map(len, rows))
         modality = torch.tensor([row + [PAD] * (T - len(row)) for row in rows], device=args.device)
-        ready, M = pattern(modality, modality), attention_matrix(modality, modality)
+        ready, M = make_pattern(modality, modality), attention_matrix(modality, modality)
         q, k, v = (torch.randn(len(rows), H, T, d, requires_grad=True, **new) for _ in range(3))
-        arranged_q = torch.randn(len(rows), H, ready.n, d, requires_grad=True, **new)
+        arranged_q = torch.randn(len(rows), H, ready.num_words, d, requires_grad=True, **new)
         arranged_k, arranged_v = (torch.randn(len(rows), H, ready.positions.shape[1], d, requires_grad=True, **new) for _ in range(2))
 
         def both(forward, *inputs):
@@ -107,7 +109,7 @@ def bench_mmca(args):
         functions = {"causal attention (torch's scaled_dot_product_attention)": both(partial(F.scaled_dot_product_attention, is_causal=True), q, k, v),
                      "MMCA, attend": both(partial(attend, pattern=ready), arranged_q, arranged_k, arranged_v),
                      "MMCA, the formula word for word": both(partial(attend_explicit, M=M), q, k, v),
-                     "making the pattern (once a forward, for all layers)": lambda: pattern(modality, modality)}
+                     "making the pattern (once a forward, for all layers)": lambda: make_pattern(modality, modality)}
         causal, *others = medians(list(functions.values()), args.rounds, partial(synchronize, args.device))
         texts = (modality == TEXT).sum(1)
         seen = ((modality == IMAGE).cumsum(1) * (modality == TEXT)).sum(1)
@@ -145,7 +147,7 @@ def bench_data(args):
 
         def ours():
             for first in range(0, len(files), 8):
-                collate([samples[n][0] for n in range(first, first + 8)])
+                collate([samples[n] for n in range(first, first + 8)])
 
         alone, whole = medians([pillow, ours], args.rounds)
         print(f"\n{len(files)} JPEGs of 500 x 375, {sum(Path(f).stat().st_size for f in files) / len(files) / 1000:.0f} kB each, batches of 8")
@@ -260,9 +262,10 @@ def bench_scale(args):
             write_json(folder / name / "config.json", config)
         shutil.copy(Path(__file__).parent / "fixtures/tokenizer.model", folder / "language")
         torch.set_default_dtype(torch.float16)
-        model = Llama(LlamaConfig.read(folder / "language"))
+        model = Llama(read_llama_config(folder / "language"))
         weights = sum(2 * p.numel() for p in model.parameters())
-        save_weights(plain_weights(model), folder / "language/model.safetensors", shard_bytes=3e8)
+        model_file.SHARD_BYTES = 2.5e8  # a quarter of the model, as 1 GB is of one of 4
+        save_weights(plain_weights(model), folder / "language/model.safetensors")
         save_weights(plain_weights(make_vit(ViTConfig(**tower))), folder / "vision/model.safetensors")
         del model
         print(f"\na language model of {weights / 1e9:.2f} GB in 16 bit, two processes, ZeRO-3; anonymous memory (RssAnon) above that before", flush=True)
@@ -277,8 +280,10 @@ def scale_process(args):
     flags = train.command_line()
     device = torch.device("cpu")
     deepspeed = train.start_distributed(device)
-    settings = train.engine_settings(flags, torch.bfloat16, 1)
+    flags.dtype = torch.bfloat16
+    settings = train.engine_settings(flags, 1)
     weights = sum(file.stat().st_size for file in Path(args.folder, "language").glob("*.safetensors"))
+    model_file.SHARD_BYTES = 2.5e8
     most, stop = [0], threading.Event()
 
     def watch():
@@ -291,10 +296,9 @@ def scale_process(args):
     for what in ("loaded", "saved"):
         most[0], began = 0, time.perf_counter()
         if what == "loaded":
-            model, tokenizer = train.make_model(flags, None, device, torch.bfloat16, deepspeed.zero.Init(config_dict_or_path=settings))
+            model, tokenizer = train.make_model(flags, device, deepspeed, settings)
         else:
-            with train.frugal():
-                model.save_pretrained(Path(args.folder, "saved"), tokenizer.file)
+            model.save_pretrained(Path(args.folder, "saved"), tokenizer)
         more = most[0] - before
         sys.stdout.write(f"  process {torch.distributed.get_rank()}: {what} in {time.perf_counter() - began:.1f} s, at most "
                          f"{more / 1e6:.0f} MB, {more / weights:.2f} of the model; then {(anonymous(os.getpid()) - before) / 1e6:.0f} MB\n")
@@ -353,7 +357,7 @@ def bench_chat(args):
     model, tokenizer = chat_model(args.device)
     size = sum(p.numel() for p in model.language_model.parameters()) / 1e6
     print(f"\na LLaMA of {size:.0f}M parameters, ViT-L/14 (257 tokens a picture), random weights, MMCA; answers of 24 tokens")
-    spent = stopwatch(model, ["encode_images", "read_picture", "read"], wait)
+    spent = stopwatch(model, ["encode_images", "keep_picture", "read"], wait)
 
     def ask(talk, question, images, prepare=lambda: None):
         """One round -> (seconds to the first token and of the parts up to it, the answer's 24 tokens)"""
@@ -406,9 +410,9 @@ def bench_decoding(args, model, talk):
 
     def ours(chat, count):
         chat.cache.truncate(0)
-        said = [pick(model.read(ids, texts, chat.cache))]
+        said = [pick(model.extend(ids, texts, chat.cache))]
         while len(said) < count:
-            said.append(pick(chat.read_word(said[-1])))
+            said.append(pick(chat.extend(said[-1])))
         return said
 
     runs = {"chat": partial(ours, talk)}
@@ -467,8 +471,9 @@ def bench_rows(args):
     """The demo's samples with 257 tokens a picture, two processes of micro-batches of 8"""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "demo/make.py", f"{folder}/demo"], check=True, cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
-        sys.argv = ["train.py", *train.DEMO.replace("data/demo", f"{folder}/demo").split(), "--out", folder, "--micro_batch_size", "8"]
+        sys.argv = ["train.py", "@demo/flags", "--data_path", f"{folder}/demo/train", "--out", folder]
         flags = train.command_line()
+        flags.datasets[-1] = f"{folder}/demo/train/three.json"
         sets = read_datasets(flags)
         samples = Epoch(sets, [range(len(data.drafts)) for data in sets], 1234, 0)
         tokenizer = Tokenizer(Path(__file__).parent.parent / "demo/language_model/tokenizer.model")
@@ -476,13 +481,13 @@ def bench_rows(args):
     print(f"\n{len(samples)} samples of the demo, 257 tokens a picture, micro-batches of 8: share of the computed rows that are tokens")
     for step in (16, 128):
         flags.batch_size = step
-        sorted_ = [part for rank in (0, 1) for part in train.micro_batches(samples, flags, rank, 2) if part]
+        sorted_ = [part for rank in (0, 1) for part in train.deal(samples, flags, rank, 2) if part]
         assert sorted(n for part in sorted_ for n in part) == list(range(len(samples)))
         for attention in ("mmca", "causal"):
             shares = []
             for parts in ([range(n, min(n + 8, len(samples))) for n in range(0, len(samples), 8)], sorted_):
                 padded = [torch.nn.utils.rnn.pad_sequence([modality[n] for n in part], batch_first=True, padding_value=PAD) for part in parts]
-                shares.append(sum(map(len, modality)) / sum(pattern(batch, batch, attention).positions.numel() for batch in padded))
+                shares.append(sum(map(len, modality)) / sum(make_pattern(batch, batch, attention).positions.numel() for batch in padded))
             print(f"  {attention:7} steps of {step:3}: as they come {shares[0]:.3f}, sorted inside a step {shares[1]:.3f}")
 
 
@@ -533,14 +538,15 @@ def bench_gpu(args):
         model(*data[name])[0].mean().backward()
         model.zero_grad(set_to_none=True)
 
+    flags = argparse.Namespace(batch_size=8, micro_batch_size=8, zero_stage=3, learning_rate=1e-5, dtype=torch.bfloat16, deepspeed_config=None)
+    settings = train.engine_settings(flags, 1)
     for label in ("layers as they are", "compiled"):
         if label == "compiled":
-            train.compile_layers(model, deepspeed)
+            train.compile_layers(model, deepspeed, settings)
         for model.attention in ("causal", "mmca"):
             for name in batches:
                 report(f"{model.attention}, {label}", name, partial(step, name))
-    flags = argparse.Namespace(batch_size=8, micro_batch_size=8, zero_stage=3, learning_rate=1e-5, deepspeed_config=None)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=train.engine_settings(flags, torch.bfloat16, 1))
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=settings)
 
     def engine_step(name):
         engine.backward(engine(*data[name])[0].mean())
@@ -581,8 +587,9 @@ def describe(language, vision, attention, projection):
         if name not in known and not Path(name).is_dir():
             raise InputError(f"{name} is neither a folder nor one of {', '.join(known)}")
     with torch.device("meta"):
-        tower = make_vit(VISION.get(vision) or vit_sizes(vision))
-        model = VisualChat(tower, Llama(LANGUAGE.get(language) or LlamaConfig.read(language)), attention, projection)
+        weights = [file for kind in ("*.safetensors", "*.bin") for file in Path(vision).glob(kind)]
+        tower = make_vit(VISION.get(vision) or (vit_sizes if weights else read_vit_config)(vision))
+        model = VisualChat(tower, Llama(LANGUAGE.get(language) or read_llama_config(language)), attention, projection)
     model.set_trained()
     parts, together = Counter(), Counter({("together", "trained"): 0, ("together", "frozen"): 0})
     for name, parameter in model.named_parameters():

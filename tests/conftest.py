@@ -11,7 +11,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 sys.path.insert(0, str(ROOT))
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # only what asks for it is compiled (it takes this away again); DeepSpeed would import the compiler for all
 
-from mmca import IMAGE, TEXT, pattern  # noqa: E402
+from mmca import IMAGE, TEXT, make_pattern  # noqa: E402
 from model import VisualChat, load_llama, load_vit  # noqa: E402
 from vision import read_preprocessing  # noqa: E402
 
@@ -45,8 +45,8 @@ def sequence(text, seed=0, image_tokens=17):
 @torch.inference_mode()
 def all_logits(model, ids, modality, features=None):
     """The logits of every position (B, T, V), everything at once; zero at image tokens where words alone come out"""
-    who = pattern(modality, modality, model.attention)
+    who = make_pattern(modality, modality, model.attention)
     x = who.arrange(model.embed(ids, modality, features))
     words = model.language_model.model(x, who, None, model.cross_attention)
-    none = words.new_zeros(len(words), x.shape[1] - who.n, words.shape[2])
+    none = words.new_zeros(len(words), x.shape[1] - who.num_words, words.shape[2])
     return model.language_model.lm_head(who.restore(torch.cat([words, none], 1)))

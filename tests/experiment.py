@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 import model as visualchat  # noqa: E402
 from data import Epoch, Tokenizer, collate, encode, read_datasets  # noqa: E402
-from mmca import IMAGE, TEXT, attend_explicit, attention_matrix, pattern  # noqa: E402
+from mmca import IMAGE, TEXT, attend_explicit, attention_matrix, make_pattern  # noqa: E402
 from model import VisualChat, add_lora, load_llama, load_vit  # noqa: E402
 from vision import load_image, positive, preprocess, read_preprocessing  # noqa: E402
 
@@ -72,8 +72,8 @@ VARIANTS = MECHANISMS | ABLATIONS  # name: attention, rule, rank of LoRA
 
 def use_rule(rule):
     """Let VisualChat attend by `attend_explicit` and a rule's M: every token asks, as a word does under "causal", in reading order"""
-    def order(modality, *_):
-        who = pattern(modality, modality, "causal")
+    def order(modality, *_, **fill):
+        who = make_pattern(modality, modality, "causal")
         who.rule = rule(modality)
         return who
 
@@ -82,7 +82,7 @@ def use_rule(rule):
         out = attend_explicit(q, k, v, M)
         return out * torch.where((M == 2).any(-1), 0.5, 1.0)[:, None, :, None] if halved else out
 
-    visualchat.pattern, visualchat.attend = order, look
+    visualchat.make_pattern, visualchat.attend = order, look
 
 
 # ---- one run ---------------------------------------------------------------------------------------------------------

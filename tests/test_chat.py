@@ -24,7 +24,7 @@ import chat as chat_module
 from chat import (Chat, FixedStep, RowLinear, attachments, completions, lay_out, look_sheet, main, pick, places, repl,
                   run_script, stream)
 from data import Tokenizer, Turn, encode, own
-from mmca import TEXT, attention_matrix, pattern
+from mmca import TEXT, attention_matrix, make_pattern
 from model import KVCache, Llama, LlamaConfig, make_projection, rotary, rotate
 from vision import InputError, load_image, preprocess
 
@@ -40,8 +40,8 @@ class Spy:
 
     def __init__(self, model):
         self.model, self.ids, self.features = model, [], 0
-        self.read_, self.encode_ = model.read, model.encode_images
-        model.read, model.encode_images = self.read, self.encode_images
+        self.read_, self.encode_ = model.extend, model.encode_images
+        model.extend, model.encode_images = self.read, self.encode_images
 
     def read(self, ids, *rest):
         self.ids += ids[0].tolist()
@@ -67,7 +67,7 @@ def assert_cache_is_one_pass(talk, atol=1e-4):
         talk.cache.truncate(len(ids) - 1)
     ids_, modality = (torch.tensor([part], device=talk.device) for part in (ids, modality))
     expected = all_logits(talk.model, ids_, modality, features)[0, -1].float()
-    torch.testing.assert_close(talk.read(), expected, atol=atol, rtol=1e-3)
+    torch.testing.assert_close(talk.catch_up(), expected, atol=atol, rtol=1e-3)
     assert talk.cache.length == len(ids)
 
 
@@ -132,7 +132,7 @@ def test_a_picture_is_read_once_in_its_life(kind, tmp_path):
 
 def test_known_pictures_take_no_more_memory_than_allowed():
     spy = Spy(tiny_model())
-    one = spy.model.read_picture(features_of(spy.model, PICTURES[0])).nbytes
+    one = spy.model.keep_picture(features_of(spy.model, PICTURES[0])).nbytes
     talk, spy.features = Chat(spy.model, TOKENIZER, 2.5 * one), 0
     for path in (0, 1, 0, 2):
         talk.look_at(PICTURES[path])
@@ -222,7 +222,7 @@ def test_look_is_the_second_softmax(tmp_path):
     config, M = model.language_model.config, attention_matrix(modality, modality)
     cos, sin = rotary(torch.arange(ids.shape[1])[None], config, torch.float32)
     for attention, x in inputs:
-        x = pattern(modality, modality).restore(x.clone())
+        x = make_pattern(modality, modality).restore(x.clone())
         q, k = (rotate(proj(x).unflatten(2, (-1, config.head_dim)).transpose(1, 2), cos, sin) for proj in (attention.q_proj, attention.k_proj))
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         scores = (q @ k.transpose(2, 3) / config.head_dim ** 0.5).masked_fill((M != 2)[:, None], -torch.inf)
@@ -323,9 +323,9 @@ def test_linear_layers_for_one_row_change_nothing_but_the_layout(tied, threads, 
     monkeypatch.setattr(torch, "bmm", counted)
 
     def logits(*lengths):
-        cache, start = KVCache(llama.config, 9, "cpu", torch.float32), 0
+        cache, start = KVCache(llama.model, 9), 0
         for length in lengths:
-            given = model.read(ids[:, start:start + length], torch.full((1, length), TEXT), cache)
+            given = model.extend(ids[:, start:start + length], torch.full((1, length), TEXT), cache)
             start += length
         return given
 
@@ -351,15 +351,15 @@ class Both(Chat):
     """A conversation whose every word is read twice, as on a CPU and in fixed shapes; the second goes on"""
     apart = 1e-5
 
-    def read_word(self, token):
+    def extend(self, token):
         length, self.fixed = self.cache.length, False
-        expected = super().read_word(token)
+        expected = super().extend(token)
         assert self.cache.length == length + 1
         self.cache.truncate(length)
         for buffer in (*self.cache.keys, *self.cache.values):
-            buffer[:, :, self.cache.words] = 7
+            buffer[:, :, self.cache.num_words] = 7
         self.fixed = True
-        logits = super().read_word(token)
+        logits = super().extend(token)
         assert self.cache.length == length + 1
         torch.testing.assert_close(logits, expected, atol=self.apart, rtol=0)
         return logits
@@ -372,14 +372,14 @@ def test_a_word_in_fixed_shapes_is_a_word_read(kind):
     model.language_model.config.max_position_embeddings = 1200
     for seed in range(50):
         dice, talk = random.Random(seed), Both(model, TOKENIZER)
-        talk.fixed = True
         for buffer in (*talk.cache.keys, *talk.cache.values):
             buffer.fill_(torch.nan)  # what has not been written may be anything
+        talk.fixed = True
         for _ in range(dice.randrange(3, 8)):
             pictures = dice.choices(PICTURES, k=dice.choice([0, 0, 1, 1, 3, 8]))
             list(talk.ask(dice.choice(["Why?", "What is this?", "long " * dice.randrange(300)]), pictures, dice.randrange(1, 7)))
             seen["let go"] += talk.notice is not None
-            seen["no picture"] += not talk.cache.images
+            seen["no picture"] += not talk.cache.num_image_tokens
             if dice.random() < 0.2:
                 talk.undo()
                 seen["undo"] += 1
@@ -401,9 +401,8 @@ def test_a_word_in_fixed_shapes_is_one_graph(kind, monkeypatch):
         talk = Chat(model, TOKENIZER)
         list(talk.ask("What is this?", pictures, 4))
         length = talk.cache.length
-        expected = talk.read_word(9)
+        expected = talk.extend(9)
         talk.cache.truncate(length)
-        talk.cache.blank()
         step = FixedStep(model, talk.cache, *seen)
         step.forward = torch.compile(step.forward, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(step(9), expected, atol=1e-5, rtol=0)
@@ -619,12 +618,12 @@ def test_nothing_typed_ends_the_conversation(monkeypatch, capsys):
              "x" * 5000 + ".png", "half a character: \udcff", "/" + "y" * 5000, "/clear", "hello", "/quit", "never read"]
     talk, out = talk_through(lines, monkeypatch, capsys)
     assert "nowhere.png cannot be read" in out and "No closing quotation" in out and "a new conversation" in out
-    assert not talk.said()[2] and talk.cache.images == 0
+    assert not talk.said()[2] and talk.cache.num_image_tokens == 0
 
 
 def test_the_end_of_piped_input_ends_it(monkeypatch, capsys):
     talk, out = talk_through([f"what is {PICTURES[0]}", "and this?"], monkeypatch, capsys)
-    assert len(talk.said()[2]) == 1 and talk.cache.images == 17
+    assert len(talk.said()[2]) == 1 and talk.cache.num_image_tokens == 17
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(monkeypatch, capsys):
@@ -731,7 +730,7 @@ def test_scripts_write_the_csv_of_the_original(tmp_path):
 
 def test_command_without_a_checkpoint(tmp_path):
     done = subprocess.run([sys.executable, "chat.py", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "is no checkpoint" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "config.json cannot be read" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_command_on_several_gpus(monkeypatch, capsys):

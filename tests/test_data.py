@@ -231,7 +231,7 @@ def test_your_own_conversations(tmp_path):
         [{"images": ["pictures/alpha_rgba.png", "gone.png"], "question": "e", "answer": "f"}]]))
     (mine,) = read_datasets(options(tmp_path, str(tmp_path / "mine.json")))
     assert list(Epoch([mine], [[0]], 0, 0)) == [[Turn("a", "b", [f"{tmp_path}/pictures/palette_p.png"]), Turn("c <image>", "d")]]
-    assert mine.missing == {1: f"{tmp_path}/gone.png"} and mine.factor == 1
+    assert mine.left_out == [f"{tmp_path}/gone.png: no such picture"] and mine.factor == 1
 
 
 @pytest.mark.parametrize("field", ["image", "picture", "Images", "answers"])
@@ -382,7 +382,7 @@ def test_a_batch_pads_at_the_right_and_holds_each_picture_once():
     names = [str(IMAGES / name) for name in ("alpha_rgba.png", "landscape_rgb.png")]
     conversations = [[Turn("a", "b", names)], [Turn("a longer question", "b", [names[1]]), Turn("c", "d", [names[0], names[1]])]]
     samples = Samples(conversations, TOKENIZER, 17, read_preprocessing(FIXTURES / "tiny-clip", 56), 4096, 8)
-    examples = [samples[0][0], samples[1][0]]
+    examples = [samples[0], samples[1]]
     batch = collate(examples)
     assert batch["pixels"].shape == (2, 3, 56, 56) and batch["image_index"].tolist() == [0, 1, 1, 0, 1]
     for row, example in enumerate(examples):
@@ -392,44 +392,27 @@ def test_a_batch_pads_at_the_right_and_holds_each_picture_once():
     assert (batch["modality"] != PAD).sum(1).tolist() == [len(example.input_ids) for example in examples]
 
 
-def test_a_tokenizer_learned_from_data(tmp_path):
-    conversations = [[Turn(f"what color is the {shape}?", color)] for shape in ("cat", "dog") for color in ("red", "blue")]
-    tokenizer = Tokenizer.train(conversations, 100_000, tmp_path / "t.model")
-    assert 256 < len(tokenizer) < 1000, "smaller than asked, because the data cannot fill it"
-    assert tokenizer.decode(tokenizer.encode("what color is the zebra ☃?\n")) == "what color is the zebra ☃?\n"
-    assert (tokenizer.bos, tokenizer.eos) == (1, 2)
-    with pytest.raises(InputError, match="no tokenizer can be learned"):
-        Tokenizer.train(conversations, 20, tmp_path / "t.model")
-    half = Tokenizer.train([*conversations, [Turn("half a \ud83d character", "\udc00")]], 100_000, tmp_path / "t.model")
-    assert half.decode(half.encode("half a \ud83d character")) == "half a ? character"
-    han = [[Turn("".join(map(chr, range(0x4e00 + 10 * n, 0x4e00 + 10 * n + 10))), "好")] for n in range(40)]
-    with pytest.raises(InputError, match=r"with vocab_size 384, as the language model's config.json has it: its characters take \d+$") as error:
-        Tokenizer.train(han, 384, tmp_path / "t.model")
-    enough = int(str(error.value).split()[-1])
-    assert len(Tokenizer.train(han, enough, tmp_path / "t.model")) == enough, "what it names is enough"
-
-
 def test_show_prints_what_the_model_sees(sets):
     break_json(sets / "llava/detail_23k.json", lambda c: c[0]["conversations"][0].update(value="Is\x1b[2Jit <image> </s>?"))
     break_json(sets / "SparklesDialogueCC/annotations/SparklesDialogueCC.json", lambda c: c[3]["dialogue"][0]["images"][0].update(image_id="\x1b[2J"))
     (sets / "coco/train2017/000000268831.jpg").unlink()
     (sets / "mine.json").write_text("\ufeff" + json.dumps([[{"images": ["\ud800\x1b[2J.jpg"], "question": "\ud800", "answer": "a"}]]))
-    command = [sys.executable, "data.py", "--show", "14", "--language_model", FIXTURES, "--vision_model", FIXTURES / "tiny-clip",
+    command = [sys.executable, "data.py", "--show", "13", "--language_model", FIXTURES, "--vision_model", FIXTURES / "tiny-clip",
                "--data_path", sets, "--out", sets / "out", "--concatenate", "1", "--datasets", "llava", "sparkles_dialogue"]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     shown = done.stdout.split("---- ")
-    assert [part.split(":")[0] for part in shown[1:-1]] == [f"sample {n}" for n in range(1, 15)]
+    assert [part.split(":")[0] for part in shown[1:-1]] == [f"sample {n}" for n in range(1, 14)]
     assert "\n### Image 1:<image 1: 17 tokens>\n### Question: Is[2Jit </s>? \n### Answer:[A single red disc" in done.stdout
     assert "image 2:<image 2: 17 tokens>".lower() in done.stdout.lower() and "\x1b" not in done.stdout
     counts = shown[-1].split("\n\n")[1].splitlines()
-    assert counts[1].split()[:5] == ["llava", "9", "9", "9", "9"] and counts[3].split()[:5] == ["sparkles_dialogue", "5", "5", "10", "17"]
-    assert counts[2].strip() == f"1 lacks a picture: {sets}/coco/train2017/000000268831.jpg"
+    assert counts[1].split()[:5] == ["llava", "8", "8", "8", "8"] and counts[3].split()[:5] == ["sparkles_dialogue", "5", "5", "10", "17"]
+    assert counts[2].strip() == f"1 left out, no such picture: {sets}/coco/train2017/000000268831.jpg"
     assert "2 left out, a picture file is missing: SparklesDialogueCC[3], SparklesDialogueVG[1]" in done.stdout
     with Image.open(sets / "out/samples.png") as sheet:
-        assert sheet.height == 14 * 176 and sheet.width >= 2 * 160
+        assert sheet.height == 13 * 176 and sheet.width >= 2 * 160
     done = subprocess.run([*map(str, command), sets / "mine.json"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "1 lacks a picture: " in done.stdout and "\x1b" not in done.stdout, done.stderr
+    assert done.returncode == 0 and "1 left out, no such picture: " in done.stdout and "\x1b" not in done.stdout, done.stderr
     shutil.copy(FIXTURES / "tokenizer.model", sets)
     (sets / "config.json").write_text('{"max_position_embeddings": 128}')
     done = subprocess.run([*map(str, command), "--language_model", sets], cwd=ROOT, capture_output=True, text=True)

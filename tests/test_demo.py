@@ -1,22 +1,28 @@
-"""The demo's drawings, what is said about them, and its two models. python -m pytest tests/test_demo.py"""
+"""The demo's drawings, what is said about them, its two models, and new ones. python -m pytest tests/test_demo.py"""
 import argparse
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import ROOT
+import torch
+from conftest import FIXTURES, ROOT
 from PIL import Image
+from safetensors import safe_open
 
-from data import Epoch, Tokenizer, read_datasets
+from data import Epoch, Tokenizer, Turn, read_datasets
 from model import load_llama, load_vit
+from vision import InputError
 
 sys.path.insert(0, str(ROOT / "demo"))
 import make  # noqa: E402
+import new_models  # noqa: E402
+from new_models import learn_tokenizer  # noqa: E402
 
 NAMES = ["llava", "llava_dial", "otter_mimicit_cgd", "llava_otter_blend", "sparkles_dialogue"]
 
@@ -132,7 +138,7 @@ def test_the_readers_of_the_real_data_sets_read_it(drawn):
     sets = read_datasets(args)
     assert [len(data.drafts) for data in sets] == [8, 4, 32, 2, 2, 32]
     for data in sets:
-        assert not data.missing and len(data.left_out) == (240 if "blend" in data.name else 0), "LLaVA's are about the first two pairs"
+        assert len(data.left_out) == (240 if "blend" in data.name else 0), "LLaVA's are about the first two pairs"
         for turns in Epoch([data], [range(len(data.drafts))], 0, 0):
             assert 1 <= sum(len(turn.images) for turn in turns) <= 8
             assert len(turns) == 8 or "cgd" not in data.name and "three" not in data.name
@@ -140,8 +146,14 @@ def test_the_readers_of_the_real_data_sets_read_it(drawn):
 
 
 def test_a_folder_that_is_there_is_kept(drawn):
-    again = subprocess.run([sys.executable, ROOT / "demo/make.py", drawn], capture_output=True, text=True)
-    assert again.returncode and str(drawn) in again.stderr and "Traceback" not in again.stderr
+    """As this command makes it, it is not drawn anew; of another version or other flags it is named"""
+    def again(*flags):
+        return subprocess.run([sys.executable, ROOT / "demo/make.py", drawn, *flags], capture_output=True, text=True)
+
+    same, other = again("--scenes", "32"), again()
+    assert same.returncode == 0 and same.stdout == f"{drawn} is already there\n"
+    assert other.returncode and f"{drawn} is already there, not as this command makes it; remove it" in other.stderr and "Traceback" not in other.stderr
+    assert (drawn / "train/three.json").exists()
 
 
 def test_the_bases_are_small_and_whole():
@@ -179,3 +191,132 @@ def test_the_text_of_the_language_model_says_what_its_words_stand_for():
                 assert answer == f"image {len(shown)}", turn
             checked[re.sub(" (a|the|in) .*|,.*", "", question.rpartition(". ")[2])] += bool(asked)
     assert min(checked[kind] for kind in ("which image has", "which has more things", "what is at", "how many things are")) > 30, checked
+
+
+def test_a_tokenizer_learned_from_data(tmp_path):
+    conversations = [[Turn(f"what color is the {shape}?", color)] for shape in ("cat", "dog") for color in ("red", "blue")]
+    tokenizer = learn_tokenizer(conversations, 100_000, tmp_path / "t.model")
+    assert 256 < len(tokenizer) < 1000, "smaller than asked, because the data cannot fill it"
+    assert tokenizer.decode(tokenizer.encode("what color is the zebra ☃?\n")) == "what color is the zebra ☃?\n"
+    assert (tokenizer.bos, tokenizer.eos) == (1, 2)
+    with pytest.raises(InputError, match="no tokenizer can be learned"):
+        learn_tokenizer(conversations, 20, tmp_path / "t.model")
+    half = learn_tokenizer([*conversations, [Turn("half a \ud83d character", "\udc00")]], 100_000, tmp_path / "t.model")
+    assert half.decode(half.encode("half a \ud83d character")) == "half a ? character"
+    han = [[Turn("".join(map(chr, range(0x4e00 + 10 * n, 0x4e00 + 10 * n + 10))), "好")] for n in range(40)]
+    with pytest.raises(InputError, match=r"with vocab_size 384, as the language model's config.json has it: its characters take \d+$") as error:
+        learn_tokenizer(han, 384, tmp_path / "t.model")
+    enough = int(str(error.value).split()[-1])
+    assert len(learn_tokenizer(han, enough, tmp_path / "t.model")) == enough, "what it names is enough"
+
+
+def sizes_alone(folder, tower="tiny-clip", **changes):
+    """Folders of a language model and a vision tower with a config.json alone, some settings of the first changed"""
+    for name, source in (("language", "tiny-llama"), ("vision", tower)):
+        (folder / name).mkdir(parents=True)
+        shutil.copy(FIXTURES / source / "config.json", folder / name)
+    file = folder / "language/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+def new(monkeypatch, folder, out, *flags):
+    """demo/new_models.py on the folders that `sizes_alone` made -> its exit code, 0 if it came to its end"""
+    command = ["new_models.py", "--language_model", folder / "language", "--vision_model", folder / "vision", "--data_path", FIXTURES / "datasets",
+               "--datasets", "llava", "llava_dial", "--out", out, *flags]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    try:
+        new_models.main()
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+def content(folder):
+    """All that is below a folder: name -> bytes, None for a folder"""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("tower", ["tiny-clip", "tiny-qwen-visual"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_models_are_folders_that_open_in_the_sizes_of_their_configs(tmp_path, monkeypatch, capsys, tower, tied):
+    folder, out = sizes_alone(tmp_path / "sizes", tower, vocab_size=400, tie_word_embeddings=tied), tmp_path / "some/out"
+    shutil.copy(FIXTURES / "tiny-clip/preprocessor_config.json", folder / "vision")
+    assert new(monkeypatch, folder, out) == 0
+    language, vision = load_llama(out / "language_model"), load_vit(out / "vision_model")
+    base, tokenizer = load_vit(FIXTURES / tower), Tokenizer(out / "language_model/tokenizer.model")
+    config = json.loads((out / "language_model/config.json").read_text())
+    assert config == json.loads((folder / "language/config.json").read_text()) and config["vocab_size"] == 400
+    assert language.model.embed_tokens.weight.shape == (len(tokenizer), 64) and language.config.vocab_size == len(tokenizer) == 400
+    assert (len(language.model.layers), language.config.head_dim, language.config.num_key_value_heads) == (3, 16, 2)
+    assert (language.lm_head.weight is language.model.embed_tokens.weight) == tied
+    shapes = {name: parameter.shape for name, parameter in base.named_parameters()}
+    shapes |= {"attn_pool.query": (256, 128), "attn_pool.pos_embed": (256, 128)} if tower == "tiny-qwen-visual" else {}  # a config has no number of queries
+    assert {name: parameter.shape for name, parameter in vision.named_parameters()} == shapes
+    for name in ("config.json", "preprocessor_config.json"):
+        assert (out / "vision_model" / name).read_bytes() == (folder / "vision" / name).read_bytes()
+    for part, prefix in (("language_model", ""), ("vision_model", "vision_model." if tower == "tiny-clip" else "")):
+        with safe_open(out / part / "model.safetensors", "pt") as file:
+            assert all(file.get_slice(name).get_dtype() == "F32" and name.startswith(prefix) for name in file.keys())
+    words, pictures = (sum(p.numel() for p in model.parameters()) for model in (language, vision))
+    assert capsys.readouterr().out == f"{words:,} parameters in {out}/language_model, {pictures:,} in {out}/vision_model\n"
+    assert set(content(tmp_path / "some")) == {
+        "out", "out/language_model", "out/language_model/config.json", "out/language_model/model.safetensors", "out/language_model/tokenizer.model",
+        "out/vision_model", "out/vision_model/config.json", "out/vision_model/model.safetensors", "out/vision_model/preprocessor_config.json"}
+
+
+def test_new_models_are_random_by_their_seed(tmp_path, monkeypatch):
+    folder = sizes_alone(tmp_path / "sizes", vocab_size=3000)
+    for name, seed in (("one", 1), ("again", 1), ("two", 2)):
+        assert new(monkeypatch, folder, tmp_path / name, "--seed", seed) == 0
+    one, again, two = (content(tmp_path / name) for name in ("one", "again", "two"))
+    assert one == again and one.keys() == two.keys()
+    assert {name for name in one if one[name] != two[name]} == {"language_model/model.safetensors", "vision_model/model.safetensors"}
+    for load, part in ((load_llama, "language_model"), (load_vit, "vision_model")):
+        for (name, first), second in zip(load(tmp_path / "one" / part).named_parameters(), load(tmp_path / "two" / part).parameters()):
+            assert name.endswith("bias") or "norm" in name or "layrnorm" in name or not torch.equal(first, second), name
+            assert first.isfinite().all() and ("norm" in name or "bias" in name or first.std() > 0), name
+    size = json.loads(one["language_model/config.json"])["vocab_size"]
+    assert 384 < size < 3000, "smaller than asked, because the data cannot fill it"
+    assert size == len(Tokenizer(tmp_path / "one/language_model/tokenizer.model")) == load_llama(tmp_path / "one/language_model").config.vocab_size
+
+
+def test_new_models_learn_their_pieces_from_the_samples_asked_for_or_keep_their_own(tmp_path, monkeypatch):
+    folder = sizes_alone(tmp_path / "sizes", vocab_size=3000)
+    for name, flags in (("all", []), ("few", ["--samples", "1"])):
+        assert new(monkeypatch, folder, tmp_path / name, *flags) == 0
+    whole, few = (Tokenizer(tmp_path / name / "language_model/tokenizer.model") for name in ("all", "few"))
+    assert len(few) < len(whole)
+    own = FIXTURES / "tokenizer.model"
+    shutil.copy(own, folder / "language")
+    assert new(monkeypatch, folder, tmp_path / "own", "--datasets", "lava") == 0, "no data is read"
+    assert (tmp_path / "own/language_model/tokenizer.model").read_bytes() == own.read_bytes()
+    assert load_llama(tmp_path / "own/language_model").config.vocab_size == len(Tokenizer(own))
+
+
+def test_new_models_replace_nothing_and_leave_nothing_half_written(tmp_path, monkeypatch, capsys):
+    """What cannot be done is one sentence and exit code 2"""
+    folder, small, out = sizes_alone(tmp_path / "sizes"), sizes_alone(tmp_path / "small", vocab_size=20), tmp_path / "out"
+
+    def refused(*flags, folder=folder):
+        before = content(tmp_path)
+        assert new(monkeypatch, folder, out, *flags) == 2
+        said = capsys.readouterr()
+        assert not said.out and said.err.count("\n") == 1 and said.err.startswith("new_models.py: "), said.err
+        assert content(tmp_path) == before
+        return said.err
+
+    assert "data set 'lava' is not known" in refused("--datasets", "lava")
+    assert "nowhere/config.json cannot be read" in refused("--language_model", tmp_path / "nowhere")
+    assert "nowhere/config.json cannot be read" in refused("--vision_model", tmp_path / "nowhere")
+    assert "not supported by this LLaMA-2: model_type = 'clip'" in refused("--language_model", folder / "vision")
+    assert "no tokenizer can be learned from this data with vocab_size 20" in refused(folder=small)
+    for weights in ("language/model.safetensors", "language/model-00001-of-00002.safetensors", "vision/pytorch_model.bin"):
+        (folder / weights).write_bytes(b"weights")
+        assert f"{(folder / weights).parent} already holds weights, which random numbers would replace" in refused()
+        (folder / weights).unlink()
+    for part in ("language_model", "vision_model"):
+        (out / part).mkdir(parents=True)
+        assert f"{out / part} is already there; remove it, or name another --out" in refused()
+        (out / part).rmdir()
+    assert new(monkeypatch, folder, out) == 0, "an --out that holds other things is no obstacle"

@@ -30,7 +30,7 @@ def test_a_rule_goes_through_the_whole_model(monkeypatch):
     labels = ids.masked_fill((modality == IMAGE) | (modality.roll(1) == IMAGE), -100)
     batch = ids, modality, labels, torch.randn(2, 3, 56, 56), torch.arange(2)
     expected, _ = model(*batch)
-    for name in ("pattern", "attend"):
+    for name in ("make_pattern", "attend"):
         monkeypatch.setattr(experiment.visualchat, name, getattr(experiment.visualchat, name))  # put back afterwards
     experiment.use_rule(lambda modality: (attention_matrix(modality, modality), False))
     torch.testing.assert_close(model(*batch)[0], expected, atol=1e-5, rtol=1e-5)
@@ -39,13 +39,13 @@ def test_a_rule_goes_through_the_whole_model(monkeypatch):
 
 
 def test_the_average_is_half_the_sum_where_there_are_two(monkeypatch):
-    monkeypatch.setattr(experiment.visualchat, "pattern", None)
+    monkeypatch.setattr(experiment.visualchat, "make_pattern", None)
     monkeypatch.setattr(experiment.visualchat, "attend", None)
     q, k, v = torch.randn(3, 1, 2, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     modality, results = torch.tensor([[T, T, I, T]]), []
     for rule in (lambda modality: (experiment.average(modality)[0], False), experiment.average):
         experiment.use_rule(rule)
-        results.append(experiment.visualchat.attend(q, k, v, experiment.visualchat.pattern(modality, modality, "mmca")))
+        results.append(experiment.visualchat.attend(q, k, v, experiment.visualchat.make_pattern(modality, modality, "mmca")))
     assert torch.equal(results[0][:, :, :3], results[1][:, :, :3]) and torch.equal(results[0][:, :, 3], 2 * results[1][:, :, 3])
 
 
@@ -80,7 +80,8 @@ def test_the_table_has_mean_and_spread_over_seeds_and_the_most_frequent_answers(
 
 
 def test_it_trains_as_the_demo_does(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train.py", "@demo/flags"])
     flags = train.command_line()
     assert dict(zip(flags.datasets, flags.concatenate)) == experiment.SETS and flags.samples == ["all"]
     assert flags.eval_datasets == [f"{kind}.json" for kind in experiment.KINDS]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmca import IMAGE, PAD, TEXT, attend, attend_explicit, attention_matrix, pattern, softmax
-from model import KVCache, LlamaConfig
+from mmca import IMAGE, PAD, TEXT, attend, attend_explicit, attention_matrix, make_pattern, softmax
+from model import KVCache, LlamaConfig, LlamaModel
 
 ROOT = Path(__file__).parent.parent
 KINDS = "mmca", "causal", "cross"
@@ -71,42 +71,42 @@ class AllRows:
     """In the place of a cache, for batches and padding: it holds all keys and values, also those of the queries"""
 
     def __init__(self, k, v, modality, kind):
-        self.who = pattern(modality, modality, kind)
+        self.who = make_pattern(modality, modality, kind)
         self.k, self.v = (by_position(self.who.arrange, self.who, x) for x in (k, v))
 
     def add_words(self, k, v):
-        return self.k[:, :, :self.who.n], self.v[:, :, :self.who.n]
+        return self.k[:, :, :self.who.num_words], self.v[:, :, :self.who.num_words]
 
     def add_images(self, k, v):
-        return self.k[:, :, self.who.n:], self.v[:, :, self.who.n:]
+        return self.k[:, :, self.who.num_words:], self.v[:, :, self.who.num_words:]
 
 
 def cached(k, v, modality, kind, Tq):
     """A KVCache that has read all but the last Tq positions, in two rounds -> its part for the pass of those"""
     stop = modality.shape[1] - Tq
-    cache = KVCache(LlamaConfig(1, 1, 1, k.shape[1], k.shape[1], k.shape[3], 1), modality.shape[1], "cpu", k.dtype)
+    cache = KVCache(LlamaModel(LlamaConfig(1, 1, 1, k.shape[1], k.shape[1], k.shape[3], 1)).to(k.dtype), modality.shape[1])
     for start, stop in ((0, stop // 2), (stop // 2, stop)):
         part = modality[:, start:stop]
-        who = pattern(part, cache.append(part), kind)
+        who = make_pattern(part, cache.append(part), kind)
         keys, values = (by_position(who.arrange, who, x[:, :, start:stop]) for x in (k, v))
         layer = cache.layer(0, who)
-        layer.add_words(keys[:, :, :who.n], values[:, :, :who.n])
-        layer.add_images(keys[:, :, who.n:], values[:, :, who.n:])
+        layer.add_words(keys[:, :, :who.num_words], values[:, :, :who.num_words])
+        layer.add_images(keys[:, :, who.num_words:], values[:, :, who.num_words:])
         cache.advance(who)
     part = modality[:, stop:]
-    return cache.layer(0, pattern(part, cache.append(part), kind))
+    return cache.layer(0, make_pattern(part, cache.append(part), kind))
 
 
 def fast(q, k, v, modality, kind, fill=1):
     """`attend` for queries (B, H, Tq, d) that are the last of the Tk positions, all in reading order. What was before them comes from a
     cache, or where that cannot hold it (several rows, padding) from `AllRows`"""
     Tq, Tk = q.shape[2], k.shape[2]
-    who, layer = pattern(modality[:, Tk - Tq:], modality, kind, fill), None
+    who, layer = make_pattern(modality[:, Tk - Tq:], modality, kind, fill), None
     if Tq < Tk:
         one = len(modality) == 1 and not (modality == PAD).any()
         layer = cached(k, v, modality, kind, Tq) if one else AllRows(k, v, modality, kind)
     q, k, v = (by_position(who.arrange, who, x[:, :, x.shape[2] - Tq:]) for x in (q, k, v))
-    return by_position(who.restore, who, attend(q[:, :, :who.n], k, v, who, layer))
+    return by_position(who.restore, who, attend(q[:, :, :who.num_words], k, v, who, layer))
 
 
 def compare(modality, Tq, kind, H=4, K=2, d=8, seed=0):
@@ -156,23 +156,23 @@ def test_attend_is_the_formula_for_random_patterns(kind):
 
 def test_words_come_first_and_what_is_arranged_can_be_restored():
     modality, x = sequence("TITTI /IIT TT/TTTTTT"), torch.arange(18).view(3, 6)
-    who = pattern(modality, modality)
-    assert who.n == 6 and who.positions[:2, :6].tolist() == [[0, 2, 3, 6, 6, 6], [2, 4, 5, 6, 6, 6]]
+    who = make_pattern(modality, modality)
+    assert who.num_words == 6 and who.positions[:2, :6].tolist() == [[0, 2, 3, 6, 6, 6], [2, 4, 5, 6, 6, 6]]
     assert who.positions[:, 6:].tolist() == [[4, 1], [1, 0], [6, 6]], "the newest first; position 6 fills up"
     assert who.arrange(x)[0].tolist() == [0, 2, 3, 5, 5, 5, 4, 1]
     assert torch.equal(who.restore(who.arrange(x)), x.masked_fill(modality == PAD, 0))
-    causal = pattern(modality, modality, "causal")
-    assert causal.n == 6 and causal.positions.shape == (3, 6) and torch.equal(causal.arrange(x)[2], x[2])
+    causal = make_pattern(modality, modality, "causal")
+    assert causal.num_words == 6 and causal.positions.shape == (3, 6) and torch.equal(causal.arrange(x)[2], x[2])
 
 
 def test_a_rule_of_your_own_is_an_edit_of_the_mask():
     """Here: a word sees the image tokens of the last four positions alone"""
     modality = sequence("TIITTIT/ITTITTT")
     q, k, v = (torch.randn(2, 2, 7, 8) for _ in range(3))
-    who, M, position = pattern(modality, modality), attention_matrix(modality, modality), torch.arange(7)
-    query, key = who.positions[:, None, :who.n, None], who.positions[:, None, None, who.n:]
+    who, M, position = make_pattern(modality, modality), attention_matrix(modality, modality), torch.arange(7)
+    query, key = who.positions[:, None, :who.num_words, None], who.positions[:, None, None, who.num_words:]
     edited = replace(who, image_mask=(key < query) & (query - key <= 4))
-    ours = edited.restore(attend(*(by_position(who.arrange, who, x)[:, :, :rows] for x, rows in ((q, who.n), (k, None), (v, None))), edited).transpose(1, 2))
+    ours = edited.restore(attend(*(by_position(who.arrange, who, x)[:, :, :rows] for x, rows in ((q, who.num_words), (k, None), (v, None))), edited).transpose(1, 2))
     theirs = attend_explicit(q, k, v, M.masked_fill((M == 2) & (position[:, None] - position > 4), 0))
     torch.testing.assert_close(ours.transpose(1, 2), theirs)
 
@@ -181,7 +181,7 @@ def test_rows_that_fill_up_change_nothing():
     """A GPU gets multiples of 8"""
     modality = sequence("TIIITTTIIT/TTTTTTTIT /IT        ")
     q, k, v = (torch.randn(3, 2, 10, 8) for _ in range(3))
-    assert [pattern(modality, modality, "mmca", fill).image_mask.shape[3] for fill in (1, 8)] == [5, 8]
+    assert [make_pattern(modality, modality, "mmca", fill).image_mask.shape[3] for fill in (1, 8)] == [5, 8]
     torch.testing.assert_close(fast(q, k, v, modality, "mmca", 8), fast(q, k, v, modality, "mmca"))
 
 
@@ -189,8 +189,8 @@ def test_softmax_gives_the_weights_of_the_second_term():
     """For /look: rows sum to one over the image tokens before them, or to zero where there are none"""
     g, modality = torch.Generator().manual_seed(4), sequence("TIITTIT")
     q, k = torch.randn(1, 4, 7, 8, generator=g), torch.randn(1, 2, 7, 8, generator=g)
-    who = pattern(modality, modality)
-    q_words, images = by_position(who.arrange, who, q)[:, :, :who.n], by_position(who.arrange, who, k)[:, :, who.n:]
+    who = make_pattern(modality, modality)
+    q_words, images = by_position(who.arrange, who, q)[:, :, :who.num_words], by_position(who.arrange, who, k)[:, :, who.num_words:]
     weights = softmax(q_words, images, who.image_mask)
     expected = softmax(q, k, (attention_matrix(modality, modality) == 2)[:, None])
     torch.testing.assert_close(weights.flip(3), expected[:, :, modality[0] == TEXT][..., modality[0] == IMAGE])
@@ -231,18 +231,18 @@ def test_no_square_matrix_of_floats():
     modality = sequence("T" * 8 + "I" * 1500 + "T" * 40)
     T = modality.shape[1]
     q, k, v = (torch.randn(1, 1, T, 8, requires_grad=True) for _ in range(3))
-    sizes, who = [], pattern(modality, modality)
+    sizes, who = [], make_pattern(modality, modality)
     q, k, v = (by_position(who.arrange, who, x) for x in (q, k, v))
     with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-        attend(q[:, :, :who.n], k, v, who).sum().backward()
+        attend(q[:, :, :who.num_words], k, v, who).sum().backward()
     assert max(sizes) <= max(who.image_mask.numel(), 8 * T * 2)
 
 
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="mmca, causal, cross; not 'mcma'"):
-        pattern(sequence("TT"), sequence("TT"), "mcma")
+        make_pattern(sequence("TT"), sequence("TT"), "mcma")
     with pytest.raises(ValueError, match="3 queries cannot be the last of 2"):
-        pattern(sequence("TTT"), sequence("TT"))
+        make_pattern(sequence("TTT"), sequence("TT"))
 
 
 def test_command_draws_m_of_a_given_sequence():
@@ -264,5 +264,5 @@ def test_a_gpu_gets_a_mask_and_grouped_heads_one_at_a_time(monkeypatch):
     modality = sequence("TTIITT")
     for device in ("cpu", "meta"):  # the device that holds no numbers stands for a GPU
         q, k, v = (torch.randn(1, heads, rows, 16, device=device) for heads, rows in ((8, 4), (2, 6), (2, 6)))
-        attend(q, k, v, replace(pattern(modality, modality), image_mask=pattern(modality, modality).image_mask.to(device)))
+        attend(q, k, v, replace(make_pattern(modality, modality), image_mask=make_pattern(modality, modality).image_mask.to(device)))
     assert given == [("cpu", False, 2, 2, True), ("cpu", True, 2, 2, True), ("meta", False, 2, 2, True), ("meta", True, 8, 8, False)]

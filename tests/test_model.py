@@ -12,9 +12,11 @@ from conftest import FIXTURES, all_logits, sequence, tiny_model
 from safetensors.torch import load_file, save_file
 
 from bench import activations, describe
-from mmca import IMAGE, TEXT, pattern
-from model import (KVCache, Llama, LlamaConfig, VisualChat, add_lora, choose_device, load_llama, load_vit, make_vit, plain_weights,
-                   save_weights)
+from mmca import IMAGE, TEXT, make_pattern
+from data import Tokenizer
+import model as model_file
+from model import (KVCache, Llama, LlamaConfig, VisualChat, add_lora, choose_device, load_llama, load_vit, make_vit,
+                   read_llama_config)
 from vision import InputError, ViTConfig, read_preprocessing
 
 KINDS = "mmca", "causal", "cross"
@@ -33,9 +35,9 @@ def test_greedy_tokens_are_those_of_transformers(name):
     """With the cache, a token at a time"""
     expected = load_file(FIXTURES / name / "expected.safetensors")
     model = VisualChat(load_vit(FIXTURES / "tiny-clip"), load_llama(FIXTURES / name))
-    cache, ids, generated = KVCache(model.language_model.config, 40, "cpu", torch.float32), expected["input_ids"][:1], []
+    cache, ids, generated = KVCache(model.language_model.model, 40), expected["input_ids"][:1], []
     for _ in range(12):
-        generated.append(model.read(ids, torch.full_like(ids, TEXT), cache).argmax().item())
+        generated.append(model.extend(ids, torch.full_like(ids, TEXT), cache).argmax().item())
         ids = torch.tensor([generated[-1:]])
     assert generated == expected["generated"].tolist()
 
@@ -43,13 +45,13 @@ def test_greedy_tokens_are_those_of_transformers(name):
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-llama-sharded"])
 def test_old_and_new_spelling_of_the_configuration(tmp_path, name):
     shutil.copy(FIXTURES / name / "config.transformers4.json", tmp_path / "config.json")
-    assert LlamaConfig.read(tmp_path) == LlamaConfig.read(FIXTURES / name)
+    assert read_llama_config(tmp_path) == read_llama_config(FIXTURES / name)
 
 
 def test_configuration_of_an_old_file_without_later_fields(tmp_path):
     config = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 512}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    read = LlamaConfig.read(tmp_path)
+    read = read_llama_config(tmp_path)
     assert (read.num_key_value_heads, read.head_dim, read.rope_theta, read.tie_word_embeddings) == (4, 16, 10000.0, False)
 
 
@@ -59,7 +61,7 @@ def test_configuration_of_an_old_file_without_later_fields(tmp_path):
 def test_odd_but_legal_configurations(tmp_path, change):
     config = json.loads((FIXTURES / "tiny-llama/config.transformers4.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
-    assert LlamaConfig.read(tmp_path) == LlamaConfig.read(FIXTURES / "tiny-llama")
+    assert read_llama_config(tmp_path) == read_llama_config(FIXTURES / "tiny-llama")
 
 
 @pytest.mark.parametrize("change, name", [({"rope_scaling": {"type": "linear", "factor": 2}}, "linear"),
@@ -73,7 +75,7 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, change, name):
     config = json.loads((FIXTURES / "tiny-llama/config.transformers4.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(InputError, match=name):
-        LlamaConfig.read(tmp_path)
+        read_llama_config(tmp_path)
 
 
 def copy_of(name, folder, change):
@@ -143,13 +145,13 @@ def test_bin_files_open_without_running_code(tmp_path, monkeypatch, new):
             load_llama(tmp_path)
     for text in ("version https://git-lfs.github.com/spec/v1\noid sha256:1", "<html>", "", "\0" * 99):
         file.write_text(text)
-        with pytest.raises(InputError, match="cannot be read: not in torch's format; was it downloaded whole"):
+        with pytest.raises(InputError, match="cannot be read: .* Git LFS pointer"):
             load_llama(tmp_path)
     torch.save({"lm_head.weight": Harm()}, file, _use_new_zipfile_serialization=new)
-    with pytest.raises(InputError, match="hold more than tensors"):
+    with pytest.raises(InputError, match="hold more than tensors, and code in them could run"):
         load_llama(tmp_path)
     torch.save([torch.ones(1)], file, _use_new_zipfile_serialization=new)
-    with pytest.raises(InputError, match="cannot be read: something else than named tensors is in them"):
+    with pytest.raises(InputError, match="cannot be read: "):
         load_llama(tmp_path)
     assert not (tmp_path / "harm-was-done").exists()
 
@@ -184,9 +186,9 @@ def test_in_the_decoder_a_picture_sees_no_word_and_an_image_token_only_itself():
     model, (ids, modality) = tiny_model(), sequence("TTTITTITT")
 
     def kept(ids, features):
-        cache = KVCache(model.language_model.config, ids.shape[1], "cpu", torch.float32)
+        cache = KVCache(model.language_model.model, ids.shape[1])
         with torch.inference_mode():
-            who = pattern(modality, cache.append(modality))
+            who = make_pattern(modality, cache.append(modality))
             model.language_model.model(who.arrange(model.embed(ids, modality, features)), who, cache)
         return torch.cat([cache.keys[-1], cache.values[-1]], 3)[0, :, -34:].flip(1)  # (K, 34, 2 d), in reading order
 
@@ -220,44 +222,44 @@ def test_round_by_round_is_everything_at_once(kind, rounds):
     model, (ids, modality) = tiny_model(kind), sequence("".join(rounds))
     features = torch.randn("".join(rounds).count("I"), 17, 64)
     expected = all_logits(model, ids, modality, features)[0]
-    cache, done, pictures = KVCache(model.language_model.config, ids.shape[1], "cpu", torch.float32), 0, 0
+    cache, done, pictures = KVCache(model.language_model.model, ids.shape[1]), 0, 0
     for text in rounds:
         stop, shown = done + sequence(text)[0].shape[1], text.count("I")
-        logits = model.read(ids[:, done:stop], modality[:, done:stop], cache,
-                            [model.read_picture(picture) for picture in features[pictures:pictures + shown]])
+        logits = model.extend(ids[:, done:stop], modality[:, done:stop], cache,
+                            [model.keep_picture(picture) for picture in features[pictures:pictures + shown]])
         torch.testing.assert_close(logits, expected[stop - 1], atol=2e-5, rtol=1e-4)
         done, pictures = stop, pictures + shown
-    with pytest.raises(InputError, match="there is room for"):
-        model.read(ids[:, :1], modality[:, :1], cache)
+    with pytest.raises(AssertionError, match="there is room for"):
+        model.extend(ids[:, :1], modality[:, :1], cache)
 
 
 def test_what_the_decoder_keeps_for_a_picture_depends_on_the_picture_alone():
     """Under MMCA: what was read by itself and then placed is what is computed afresh, in a pass over a whole conversation"""
     model, features, config = tiny_model(), torch.randn(2, 17, 64), tiny_model().language_model.config
-    pictures = [model.read_picture(picture) for picture in features]
+    pictures = [model.keep_picture(picture) for picture in features]
     for text, order in (("TTIT", [0]), ("TITTTTTTIT", [1, 0]), ("IIT", [0, 1])):
         ids, modality = sequence(text, seed=len(text))
-        placed, afresh = (KVCache(config, ids.shape[1], "cpu", torch.float32) for _ in range(2))
-        model.read(ids, modality, placed, [pictures[i] for i in order])
+        placed, afresh = (KVCache(model.language_model.model, ids.shape[1]) for _ in range(2))
+        model.extend(ids, modality, placed, [pictures[i] for i in order])
         with torch.inference_mode():
-            who = pattern(modality, afresh.append(modality))
+            who = make_pattern(modality, afresh.append(modality))
             model.language_model.model(who.arrange(model.embed(ids, modality, features[order])), who, afresh)
         afresh.advance(who)
-        assert (placed.words, placed.images) == (afresh.words, afresh.images) == (text.count("T"), 17 * text.count("I"))
+        assert (placed.num_words, placed.num_image_tokens) == (afresh.num_words, afresh.num_image_tokens) == (text.count("T"), 17 * text.count("I"))
         for one, other in zip(placed.keys + placed.values, afresh.keys + afresh.values):
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-    with pytest.raises(InputError, match="1 pictures in the tokens, 0 given"):
-        model.read(ids[:, :17], modality[:, :17], KVCache(config, 17, "cpu", torch.float32))
-    with pytest.raises(InputError, match="1 pictures in the tokens, 2 given"):
-        model.read(ids[:, :17], modality[:, :17], KVCache(config, 17, "cpu", torch.float32), pictures)
-    assert model.read_picture(features[0]).nbytes == 17 * 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    with pytest.raises(ValueError, match="shorter"):
+        model.extend(ids[:, :17], modality[:, :17], KVCache(model.language_model.model, 17))
+    with pytest.raises(ValueError, match="longer"):
+        model.extend(ids[:, :17], modality[:, :17], KVCache(model.language_model.model, 17), pictures)
+    assert model.keep_picture(features[0]).nbytes == 17 * 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 
 
 def test_added_layers_are_the_second_term_with_weights_of_their_own():
     model, (_, modality) = tiny_model("cross"), sequence("TTITIT")
     layer, x = model.cross_attention[0], torch.randn(1, 4, 64)
     features = torch.randn(1, 34, 64)
-    out = layer(x, features.flip(1), pattern(modality, modality, "cross"))
+    out = layer(x, features.flip(1), make_pattern(modality, modality, "cross"))
     normed = layer.norm(x)
     for t, seen in enumerate([0, 0, 17, 34]):
         result = x[0, t]
@@ -283,13 +285,13 @@ def test_loss_of_each_trained_token():
     assert torch.equal(hits, (logits.argmax(-1) == labels[:, 1:])[labels[:, 1:] != -100])
     place = int((modality[0] == IMAGE).nonzero()[-1]) + 1
     labels[0, place] = ids[0, place]
-    with pytest.raises(InputError, match="a label stands on an image token or behind one"):
+    with pytest.raises(AssertionError, match="a label stands behind an image token"):
         model(ids, modality, labels, pixels, index)
 
 
-@pytest.mark.parametrize("kind, rows", [("mmca", (8, 42, 42, 8)), ("causal", (42, 42, 42, 42)), ("cross", (8, 8, 8, 8))])
+@pytest.mark.parametrize("kind, rows", [("mmca", (8, 42, 42, 42)), ("causal", (42, 42, 42, 42)), ("cross", (8, 8, 8, 8))])
 def test_an_image_token_costs_only_what_is_asked_of_it(kind, rows):
-    """It asks nothing, so it needs no query, and behind the last keys and values nobody needs it"""
+    """It asks nothing, so it needs no query, and under CrA the decoder does without it"""
     model, (ids, modality) = tiny_model(kind), sequence("TTITTTITTT")
     seen, layers = [], model.language_model.model.layers
     for module in (layers[0].self_attn.q_proj, layers[0].mlp.up_proj, layers[-1].self_attn.k_proj, layers[-1].mlp.up_proj):
@@ -348,7 +350,7 @@ def test_gradients_reach_embedding_and_projection_through_frozen_weights():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_save_and_load_is_bit_exact(tmp_path, kind, dtype):
     model = tiny_model(kind).to(dtype)
-    model.save_pretrained(tmp_path / "it", FIXTURES / "tokenizer.model")
+    model.save_pretrained(tmp_path / "it", Tokenizer(FIXTURES / "tokenizer.model"))
     again = VisualChat.from_pretrained(tmp_path / "it", dtype)
     assert again.attention == kind and again.preprocessing["image_mean"] == model.preprocessing["image_mean"]
     ours, theirs = dict(model.named_parameters()), dict(again.named_parameters())
@@ -425,12 +427,12 @@ def test_layers_on_several_devices(tmp_path):
             devices, dtype = choose_device(devices)
             model = VisualChat.from_pretrained(tmp_path / kind, dtype, devices)
             layers = model.language_model.model
-            cache = KVCache(layers.config, 60, layers.devices or devices[0], dtype)
+            cache = KVCache(layers, 60)
             torch.manual_seed(1)
             for text in ("TITT", "TT", "TIT"):
                 ids, modality = sequence(text)
                 features = model.encode_images(torch.randn(1, 3, 56, 56)) if "I" in text else []
-                logits.append(model.read(ids, modality, cache, [model.read_picture(picture) for picture in features]))
+                logits.append(model.extend(ids, modality, cache, [model.keep_picture(picture) for picture in features]))
         assert all(torch.equal(a, b) for a, b in zip(logits[:3], logits[3:6])) and logits[8].is_meta and cache.length == 3 + 17 + 2 + 2 + 17
         where = [layer.mlp.up_proj.weight.device.type for layer in layers.layers]
         assert where == [keys.device.type for keys in cache.keys] == ["cpu", "cpu", "meta"]
@@ -447,15 +449,46 @@ def test_a_tied_head_is_asked_on_its_own_device(tmp_path):
     model = VisualChat.from_pretrained(tmp_path / "it", dtype, devices)
     layers, (ids, modality) = model.language_model.model, sequence("TTT")
     with pytest.raises(NotImplementedError, match="no data"):  # that device holds no numbers to be brought to the head's
-        model.read(ids, modality, KVCache(layers.config, 8, layers.devices, dtype))
+        model.extend(ids, modality, KVCache(layers, 8))
 
 
-def test_large_models_are_saved_in_shards(tmp_path):
-    model = load_llama(FIXTURES / "tiny-llama")
-    shutil.copy(FIXTURES / "tiny-llama/config.json", tmp_path)
-    save_weights(plain_weights(model), tmp_path / "model.safetensors", shard_bytes=200_000)
-    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), load_llama(tmp_path).parameters()))
+@pytest.mark.parametrize("projection", ["vit", "perceiver"])
+def test_each_part_that_is_saved_in_shards_opens(tmp_path, monkeypatch, projection):
+    monkeypatch.setattr(model_file, "SHARD_BYTES", 20_000)
+    vision, language = load_vit(FIXTURES / "tiny-clip"), load_llama(FIXTURES / "tiny-llama")
+    if projection == "perceiver":
+        language = Llama(LlamaConfig(128, 172, 2, 4, 2, 32, 512))
+    model = VisualChat(vision, language, "cross", projection)
+    model.preprocessing = read_preprocessing(FIXTURES / "tiny-clip", 56)
+    model.save_pretrained(tmp_path / "it")
+    for part in ("language_model/model", "vision_model/model", "projection", "cross_attention"):
+        assert len(list((tmp_path / "it").glob(f"{part}-*-of-*.safetensors"))) > 1 and (tmp_path / f"it/{part}.safetensors.index.json").exists(), part
+    again = VisualChat.from_pretrained(tmp_path / "it")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+
+
+def test_what_was_trained_alone_opens_from_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_file, "SHARD_BYTES", 20_000)
+    model = tiny_model()
+    add_lora(model.language_model.model.layers, 2)
+    model.set_trained()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter.data, std=0.1)
+    model.save_pretrained(tmp_path / "it", None, (FIXTURES / "tiny-llama", FIXTURES / "tiny-clip"))
+    assert len(list((tmp_path / "it/language_model").glob("trained-*.safetensors"))) > 1
+    again, (ids, modality) = VisualChat.from_pretrained(tmp_path / "it"), sequence("TTITTT")
+    features = torch.randn(1, 17, 64)
+    torch.testing.assert_close(all_logits(again, ids, modality, features), all_logits(model, ids, modality, features), atol=1e-4, rtol=1e-4)
+
+
+def test_the_tokens_that_end_an_answer_are_those_of_the_tokenizer(tmp_path):
+    """transformers' generate stops at what config.json names"""
+    tokenizer = Tokenizer(FIXTURES / "tokenizer.model")
+    tokenizer.bos, tokenizer.eos = 7, 9
+    tiny_model().save_pretrained(tmp_path / "it", tokenizer)
+    config = json.loads((tmp_path / "it/language_model/config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (7, 9)
 
 
 def test_a_full_disk_leaves_the_checkpoint_that_was_there(tmp_path):
@@ -463,7 +496,7 @@ def test_a_full_disk_leaves_the_checkpoint_that_was_there(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     try:
-        with pytest.raises(InputError, match="it cannot be written: File too large"):
+        with pytest.raises(InputError, match="it cannot be written: .*File too large"):
             tiny_model("cross").save_pretrained(tmp_path / "it")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -471,8 +504,17 @@ def test_a_full_disk_leaves_the_checkpoint_that_was_there(tmp_path):
     assert VisualChat.from_pretrained(tmp_path / "it").attention == "mmca"
 
 
+def test_what_a_crash_has_left_beside_a_checkpoint_is_no_obstacle(tmp_path):
+    """Killed once while the old one was removed, and again before the next state"""
+    (tmp_path / ".it.unfinished").mkdir()
+    for name in ("it", ".it.old.unfinished", ".it.unfinished/language_model"):
+        tiny_model().save_pretrained(tmp_path / name)
+    tiny_model("cross").save_pretrained(tmp_path / "it")
+    assert [path.name for path in tmp_path.iterdir()] == ["it"] and VisualChat.from_pretrained(tmp_path / "it").attention == "cross"
+
+
 def test_half_a_checkpoint_is_refused(tmp_path):
-    with pytest.raises(InputError, match="is no checkpoint"):
+    with pytest.raises(InputError, match="config.json cannot be read"):
         VisualChat.from_pretrained(tmp_path)
     tiny_model().save_pretrained(tmp_path / "it")
     (tmp_path / "it/projection.safetensors").unlink()
@@ -483,7 +525,7 @@ def test_half_a_checkpoint_is_refused(tmp_path):
 def test_transformers_opens_what_is_saved(tmp_path):
     transformers = pytest.importorskip("transformers")
     model = tiny_model()
-    model.save_pretrained(tmp_path / "it", FIXTURES / "tokenizer.model")
+    model.save_pretrained(tmp_path / "it", Tokenizer(FIXTURES / "tokenizer.model"))
     ids, modality = sequence("TTTTTTTT")
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "it/language_model", dtype=torch.float32)
     with torch.no_grad():

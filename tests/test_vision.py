@@ -367,7 +367,7 @@ def test_a_published_qwen_checkpoint_of_bin_shards(tmp_path):
     ours, extracted = load_vit(tmp_path), load_vit(QWEN)
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), extracted.parameters()))
     (tmp_path / "pytorch_model-00002-of-00003.bin").unlink()
-    with pytest.raises(InputError, match="names pytorch_model-00002-of-00003.bin, not found there"):
+    with pytest.raises(InputError, match="pytorch_model-00002-of-00003.bin cannot be read: No such file"):
         load_vit(tmp_path)
 
 
@@ -417,7 +417,7 @@ def test_what_kind_of_tower_a_folder_holds(tmp_path):
     assert isinstance(read_vit_config(QWEN), QwenConfig) and isinstance(read_vit_config(CLIP), ViTConfig)
     shutil.copy(QWEN / "model.safetensors", tmp_path)
     shutil.copy(CLIP / "config.json", tmp_path)
-    with pytest.raises(InputError, match="Qwen-VL's encoder, but its config.json has no section `visual`"):
+    with pytest.raises(InputError, match="do not fit the model: .*attn_pool"):
         load_vit(tmp_path)
     shutil.copy(QWEN / "config.json", tmp_path)
     assert load_vit(tmp_path).config.image_tokens == 16
