@@ -116,12 +116,9 @@ class FixedStep:
         device = cache.modality.device
         self.state = torch.zeros(3, dtype=torch.long, device=device)    # token; words and image tokens held
         self.graph, self.on_gpu = None, device.type == "cuda"
-        # what a mask hides is multiplied by zero: so it has to be a number
-        for buffer in (*cache.keys, *cache.values):
-            buffer[:, :, cache.num_words:cache.size - cache.num_image_tokens] = 0
 
     def layer(self, i, pattern):
-        """What `KVCache.layer` is to `read`"""
+        """What `KVCache.layer` is to `VisualChat.extend`"""
         keys, values, place = self.cache.keys[i], self.cache.values[i], self.state[1:2]
         return CacheLayer(keys, values, place, self.words_stop, self.images_start)
 
@@ -171,6 +168,13 @@ class FixedStep:
             self.logits = self.forward()                                # (V)
         self.cache.num_words += 1  # last: until here an interrupt leaves the cache as it was
         return self.logits
+
+
+@torch.inference_mode()
+def blank(cache):
+    """Zero what holds nothing. Where a mask hides it, it is multiplied by zero, and so it has to be a number"""
+    for buffer in (*cache.keys, *cache.values):
+        buffer[:, :, cache.num_words:cache.size - cache.num_image_tokens] = 0
 
 
 def places(held, most):
@@ -296,6 +300,8 @@ class Chat:
             held = min(held, len(self.head))
         try:
             self.cache.truncate(held)
+            if self.fixed:
+                blank(self.cache)
             self.first, self.rounds = first, [*self.rounds, Round(turn, ids, modality, pictures)]
             logits = self.catch_up()
         except BaseException:

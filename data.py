@@ -588,7 +588,8 @@ def read_data(args):
         print(printable(f"{len(left_out)} of {count} records are left out: {'; '.join(left_out[:3])}"))
     missing = [record for record in left_out if record.endswith(NO_PICTURE)]
     if len(missing) > MISSING * count:
-        raise InputError(f"{len(missing)} of {count} conversations lack a picture, more than {MISSING:.0%}")
+        raise InputError(f"{len(missing)} of {count} conversations lack a picture, more than {MISSING:.0%}: "
+                         f"{', '.join(missing[:5])}")
     if not any(training):
         raise InputError(f"{', '.join(args.datasets)}: no conversation is left to train on")
     epochs = [Epoch(sets, training, args.seed, epoch) for epoch in range(args.epochs)]

@@ -245,8 +245,8 @@ class Perceiver(Resampler):
 
     def forward(self, features):
         """features (N, P, Dv) -> (N, 256, D)"""
-        patches = features[:, int(self.class_token):]                       # (N, P or P - 1, Dv)
-        return self.projection(super().forward(patches))                    # (N, 256, D)
+        return self.projection(super().forward(
+            features[:, int(self.class_token):]))                           # (N, 256, D)
 
 
 class CrossAttention(LlamaAttention):
@@ -299,7 +299,11 @@ class VisualChat(nn.Module):
 
     def set_trained(self, everything=False):
         """Train the recipe's word embedding, projection, CrA's layers and LoRA, or everything that
-        a feature passes"""
+        a feature passes.
+
+        At 13B with CLIP's ViT-L/14 and the linear projection that is 32,000 x 5,120 for the words,
+        1,024 x 5,120 + 5,120 and 2 x 5,120 for the projection's Linear and LayerNorm: 169,098,240
+        of 13.3 billion."""
         recipe = "language_model.model.embed_tokens", "projection", "cross_attention"
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(
@@ -312,8 +316,8 @@ class VisualChat(nn.Module):
     def encode_images(self, pixels):
         """pixels (N, 3, S, S) -> projected features (N, P, D); a frozen tower runs without a
         graph"""
-        trained = any(p.requires_grad for p in self.vision_model.parameters())
-        with nullcontext() if trained else torch.no_grad():
+        with nullcontext() if any(
+                p.requires_grad for p in self.vision_model.parameters()) else torch.no_grad():
             features = self.vision_model(pixels.to(
                 self.language_model.model.norm.weight.dtype))               # (N, P, Dv)
         return self.projection(features)                                    # (N, P, D)
@@ -450,8 +454,16 @@ class VisualChat(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder, tokenizer=None, bases=None):
-        """Write the checkpoint that `from_pretrained` opens and whose two folders transformers
-        opens. Bit-exact, but for LoRA, which is merged into plain weights.
+        """Write a checkpoint. Bit-exact, but for LoRA, which is merged into plain weights.
+
+            config.json              attention, projection, image tokens, features
+            projection.safetensors   and cross_attention.safetensors for CrA
+            language_model/          config.json, model*.safetensors, tokenizer.model
+            vision_model/            config.json, model*.safetensors, preprocessor_config.json
+
+        `from_pretrained` opens it for chat.py, with the attention it was trained with. train.py
+        begins from either folder, and transformers opens both (with LLaMA's own, causal attention;
+        the tower if it is CLIP's).
 
         tokenizer: a data.Tokenizer, whose file is copied to language_model/. bases: the folders of
         language model and vision tower that were trained from; then only what was trained is
@@ -523,11 +535,13 @@ class KVCache:
     def place(self, picture, position):
         """Put the P tokens of a picture (`VisualChat.keep_picture`) at a position: only now are its
         keys rotated, and that is all in which they differ from those at another place."""
-        P = picture.num_image_tokens
         stop = self.size - int((self.modality[:, :position] == IMAGE).sum())
-        new = slice(stop - P, stop)
+        new = slice(stop - picture.num_image_tokens, stop)
         # the newest first, as they stand in the buffer
-        positions = torch.arange(position, position + P, device=self.modality.device).flip(0)  # (P)
+        positions = torch.arange(
+            position,
+            position + picture.num_image_tokens,
+            device=self.modality.device).flip(0)                            # (P)
         cos, sin = rotary(positions[None], self.config, self.keys[0].dtype)         # (1, 1, P, d)
         for i, (keys, values) in enumerate(zip(picture.keys, picture.values)):
             self.keys[i][:, :, new] = rotate(keys, cos.to(keys.device), sin.to(keys.device))
@@ -576,8 +590,10 @@ class CacheLayer:
         """New image tokens (1, K, m, d), newest first, go before the old, unless `KVCache.place`
         has put them there (then m is 0) -> all of them"""
         keys, values = self.all_images()
-        keys[:, :, :k.shape[2]] = k
-        values[:, :, :k.shape[2]] = v
+        # a compiler makes a copy of the whole cache even of an empty write
+        if k.shape[2]:
+            keys[:, :, :k.shape[2]] = k
+            values[:, :, :k.shape[2]] = v
         return keys, values
 
     def all_images(self):
@@ -603,8 +619,8 @@ class LoRA(nn.Module):
 
     def forward(self, x):
         """x (..., in) -> (..., out)"""
-        change = F.linear(F.linear(x, self.lora_A), self.lora_B)            # (..., out)
-        return F.linear(x, self.weight, self.bias) + change                 # (..., out)
+        return (F.linear(x, self.weight, self.bias)
+                + F.linear(F.linear(x, self.lora_A), self.lora_B))          # (..., out)
 
 
 def add_lora(layers, rank):
@@ -703,8 +719,10 @@ def load_vit(
     """A vision tower: CLIP's, from a CLIPVisionModel (with the prefix vision_model. or without) or
     a whole CLIPModel; or Qwen-VL's, extracted or from a whole checkpoint, of which nothing else is
     read and no other shard needed."""
+    # before: zero.Init would make what is read here its own
+    sizes = vit_sizes(folder, feature_layer, class_token)
     with empty():
-        model = make_vit(vit_sizes(folder, feature_layer, class_token))
+        model = make_vit(sizes)
     load_weights(model, folder, vit_name, dtype, lambda name: device)
     return model
 
@@ -779,8 +797,10 @@ def load_weights(module, folder, rename, dtype, place):
                 raise InputError(f"{folder}: {name} does not fit the model of its base {base}")
             with gathered([parameter], writer=0):
                 if factor:
-                    A = tensors[f"{target}.lora_A"].to(parameter)           # (r, in)
-                    tensor = merged(parameter.data, A, tensor.to(parameter))    # (out, in)
+                    tensor = merged(
+                        parameter.data,
+                        tensors[f"{target}.lora_A"].to(parameter),
+                        tensor.to(parameter))                               # (out, in)
                 parameter.data.copy_(tensor)
 
 
@@ -819,7 +839,7 @@ def fill(
                         parameter.data.copy_(read())
     wrong += [f"{name} is missing" for name in targets]
     if wrong:
-        raise InputError(f"the weights in {files[0].parent} do not fit the model: "
+        raise InputError(f"the weights in {files and files[0].parent} do not fit the model: "
                          f"{'; '.join(wrong[:5])} ({len(wrong)} in all)")
 
 
@@ -948,7 +968,7 @@ def save_weights(tensors, file):
                     tensor = parts[0] if len(parts) == 1 else merged(*parts)
                     if not tensor.isfinite().all():
                         raise InputError(f"{name} has values that are no finite numbers")
-                    content[name] = tensor.detach().to("cpu", copy=True)
+                    content[name] = tensor.detach().to("cpu", copy=True).contiguous()
         if is_main():
             save_file(content, target, {"format": "pt"})
     if len(shards) > 1 and is_main():
@@ -959,8 +979,9 @@ def save_weights(tensors, file):
 
 def write_json(path, content):
     """Write content to a JSON file, readable and in UTF-8"""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    Path(path).write_text(text, encoding="utf-8")
+    Path(path).write_text(
+        json.dumps(content, indent=2, ensure_ascii=False) + "\n",
+        encoding="utf-8")
 
 
 # ---- what serves it: processes and devices -------------------------------------------------------

@@ -419,10 +419,12 @@ def report(scores, held_out, args, progress, log):
 # ---- what serves it: the model, and what cannot be right -----------------------------------------
 
 def make_model(args, device, deepspeed, settings):
-    """-> VisualChat of the vision tower and the language model in their folders, and its
-    Tokenizer"""
-    # under ZeRO-3 every parameter that is made in this context is spread over the processes at
-    # once, and weights stream from the files into the parts: no process ever holds the whole model
+    """-> VisualChat of the vision tower and the language model in their folders, and its Tokenizer.
+
+    How 70B get into 8 GPUs: in the context zero.Init each parameter that is made is cut into 8
+    parts at once. `model.fill` then takes tensor after tensor from the files: process 0 reads it,
+    the parameter is gathered for that moment, and each process keeps its part. So no process ever
+    holds more than an eighth, 18 GB in 16 bit, and one tensor."""
     spread = nullcontext()
     options = {}
     if args.zero_stage == 3:
@@ -483,11 +485,10 @@ def own_device():
     if accelerator is None or accelerator.type == "mps":
         return "cpu"
     rank = int(os.environ.get("LOCAL_RANK", 0))
-    count = torch.accelerator.device_count()
-    if rank >= count:
-        raise InputError(f"process {rank} of this machine has no GPU of its own (found: {count}). "
-                         "Start fewer (deepspeed --num_accelerators N); without a number there is "
-                         "one for each GPU")
+    if rank >= torch.accelerator.device_count():
+        raise InputError(f"process {rank} of this machine has no GPU of its own (found: "
+                         f"{torch.accelerator.device_count()}). Start fewer (deepspeed "
+                         "--num_accelerators N); without a number there is one for each GPU")
     # before the first tensor: else each process would open GPU 0 too, which takes 0.5 to 1 GB of it
     torch.accelerator.set_device_index(rank)
     return f"{accelerator.type}:{rank}"
@@ -505,8 +506,8 @@ def start_distributed(device):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # the processes of a machine share its cores
         if "OMP_NUM_THREADS" not in os.environ:
-            processes = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
-            torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+            torch.set_num_threads(max(1, torch.get_num_threads() // int(
+                os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))))
     # each tensor that comes from a worker is an open file, and a step holds hundreds; most shells
     # allow 1,024, and macOS no more than 10,240
     allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -560,14 +561,19 @@ KNOWN = """zero_optimization optimizer bf16 fp16 data_types aio checkpoint comms
 
 def engine_settings(args, accumulation):
     """DeepSpeed's settings: the recipe's, and over them those of --deepspeed_config"""
-    adam = {"lr": args.learning_rate, "betas": [0.9, 0.95], "weight_decay": 0.0,
-            "torch_adam": True}  # DeepSpeed's own would have to be compiled
     settings = {
         "train_micro_batch_size_per_gpu": args.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 1.0,
         "zero_optimization": {"stage": args.zero_stage},
-        "optimizer": {"type": "AdamW", "params": adam},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": args.learning_rate,
+                "betas": [0.9, 0.95],
+                "weight_decay": 0.0,
+                # DeepSpeed's own would have to be compiled
+                "torch_adam": True}},
         "bf16": {"enabled": args.dtype == torch.bfloat16},
         "fp16": {"enabled": args.dtype == torch.float16}}
     file = args.deepspeed_config
@@ -577,7 +583,7 @@ def engine_settings(args, accumulation):
 def merge(ours, theirs, file, above=""):
     """Settings over settings, object by object; an optimizer of another "type" is taken whole.
     "auto" leaves a setting to the flags or to DeepSpeed, as in files for transformers"""
-    merged = dict(ours) if theirs.get("type", ours.get("type")) == ours.get("type") else {}
+    merged = dict(ours) if theirs.get("type") in (ours.get("type"), "auto", None) else {}
     for name, value in theirs.items():
         if value in ("auto", None):
             continue
@@ -609,7 +615,7 @@ def compile_layers(model, deepspeed, settings):
 
     Under ZeRO-3 the hooks by which every Linear gathers its weights would cut it: so each layer is
     made a leaf, which gathers all of its own before its forward."""
-    # train and evaluate, last layer, batches of one: a few graphs each
+    # train and evaluate, batches of one: a few graphs each
     torch._dynamo.config.recompile_limit = 64
     blocks = model.vision_model.blocks
     layers = [*model.language_model.model.layers, *blocks, *(model.cross_attention or [])]
@@ -633,6 +639,13 @@ def compile_layers(model, deepspeed, settings):
 #   log.jsonl   what the run is, then a line for each step and each epoch; locked while it runs
 #   epoch-N/    checkpoints; best is a file with the name of the best of them
 #   state/      step-N/, DeepSpeed's state, and latest, a file that names it; gone at the run's end
+#
+# After a step the log gets a line, and every --save_every steps there is a state: DeepSpeed's
+# files, then latest by a rename, then the state before is removed. At the end of an epoch come the
+# scores, a state, the checkpoint (written beside and renamed) and best. So a kill at any moment
+# leaves the last state whole. --resume compares what the run is with the first line of the log
+# (`begin_log`), and takes up the weights that are trained, the optimizer, the schedule and
+# Progress; frozen weights come from their folders again, the order of the data from the seed.
 
 def open_log(args):
     """Make the folder of the run -> its log, locked; InputError if it holds what must stay"""
@@ -650,7 +663,8 @@ def open_log(args):
               "writes there")
     # a run that has ended has epochs and no state
     ended = list(out.glob("epoch-*")) and not saved_step(out)
-    if remains(out) and not (args.overwrite or args.resume and not ended):
+    # opened to append, the log says by its position how long it is
+    if (log.tell() or remains(out)) and not (args.overwrite or args.resume and not ended):
         raise InputError(f"--out {out} already holds a run; name another folder, or add "
                          "--overwrite to replace it or, if it was interrupted, --resume to "
                          "continue it")

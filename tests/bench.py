@@ -44,7 +44,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train  # noqa: E402
-from chat import Chat, pick  # noqa: E402
+from chat import Chat, blank, pick  # noqa: E402
 from data import Epoch, Samples, Tokenizer, Turn, collate, encode, read_datasets  # noqa: E402
 from mmca import IMAGE, PAD, TEXT, attend, attend_explicit, attention_matrix, make_pattern  # noqa: E402
 import model as model_file  # noqa: E402
@@ -357,7 +357,7 @@ def bench_chat(args):
     model, tokenizer = chat_model(args.device)
     size = sum(p.numel() for p in model.language_model.parameters()) / 1e6
     print(f"\na LLaMA of {size:.0f}M parameters, ViT-L/14 (257 tokens a picture), random weights, MMCA; answers of 24 tokens")
-    spent = stopwatch(model, ["encode_images", "keep_picture", "read"], wait)
+    spent = stopwatch(model, ["encode_images", "keep_picture", "extend"], wait)
 
     def ask(talk, question, images, prepare=lambda: None):
         """One round -> (seconds to the first token and of the parts up to it, the answer's 24 tokens)"""
@@ -423,7 +423,7 @@ def bench_decoding(args, model, talk):
         others = {"chat --no_compile": Chat(model, talk.tokenizer, compiled=False), "chat without a graph": Chat(model, talk.tokenizer)}
         others["chat without a graph"].fixed = False
         for label, chat in others.items():
-            chat.cache.blank()  # as `ask` does
+            blank(chat.cache)  # as `ask` does
             runs[label] = partial(ours, chat)
     if find_spec("transformers"):
         from transformers import LlamaConfig as TheirConfig

@@ -36,7 +36,7 @@ from mmca import IMAGE, TEXT, attend_explicit, attention_matrix, make_pattern  #
 from model import VisualChat, add_lora, load_llama, load_vit  # noqa: E402
 from vision import load_image, positive, preprocess, read_preprocessing  # noqa: E402
 
-# train.py's DEMO: its data sets and their factors of concatenation
+# demo/flags: its data sets and their factors of concatenation
 SETS = {"llava": 6, "llava_dial": 2, "otter_mimicit_cgd": 1, "sparkles_dialogue": 1, "data/demo/train/three.json": 1}
 BATCH, RATE, RANK, WARMUP = 8, 6e-3, 16, 0.1  # and so are these
 SIZES, STEPS = (250, 500, 1000, 2000, 4000), 600  # the same steps for every size

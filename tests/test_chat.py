@@ -21,7 +21,7 @@ from conftest import FIXTURES, ROOT, all_logits, tiny_model
 from PIL import Image
 
 import chat as chat_module
-from chat import (Chat, FixedStep, RowLinear, attachments, completions, lay_out, look_sheet, main, pick, places, repl,
+from chat import (Chat, FixedStep, RowLinear, attachments, blank, completions, lay_out, look_sheet, main, pick, places, repl,
                   run_script, stream)
 from data import Tokenizer, Turn, encode, own
 from mmca import TEXT, attention_matrix, make_pattern
@@ -403,6 +403,7 @@ def test_a_word_in_fixed_shapes_is_one_graph(kind, monkeypatch):
         length = talk.cache.length
         expected = talk.extend(9)
         talk.cache.truncate(length)
+        blank(talk.cache)
         step = FixedStep(model, talk.cache, *seen)
         step.forward = torch.compile(step.forward, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(step(9), expected, atol=1e-5, rtol=0)

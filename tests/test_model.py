@@ -513,6 +513,15 @@ def test_what_a_crash_has_left_beside_a_checkpoint_is_no_obstacle(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["it"] and VisualChat.from_pretrained(tmp_path / "it").attention == "cross"
 
 
+def test_a_weight_that_does_not_lie_in_one_piece_is_saved(tmp_path):
+    """Some .bin files hold transposed tensors, and chat.py lays weights by columns"""
+    model = tiny_model()
+    weight = model.language_model.lm_head.weight
+    weight.data = weight.data.t().contiguous().t()
+    model.save_pretrained(tmp_path / "it")
+    assert torch.equal(VisualChat.from_pretrained(tmp_path / "it").language_model.lm_head.weight, weight)
+
+
 def test_half_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(InputError, match="config.json cannot be read"):
         VisualChat.from_pretrained(tmp_path)
