@@ -619,8 +619,8 @@ class LoRA(nn.Module):
 
     def forward(self, x):
         """x (..., in) -> (..., out)"""
-        return (F.linear(x, self.weight, self.bias)
-                + F.linear(F.linear(x, self.lora_A), self.lora_B))          # (..., out)
+        return (F.linear(F.linear(x, self.lora_A), self.lora_B)
+                + F.linear(x, self.weight, self.bias))                      # (..., out)
 
 
 def add_lora(layers, rank):
