@@ -326,7 +326,7 @@ class Chat:
         """Logits of the first token -> a generator of at most `room` tokens, each read when the next is asked for"""
         for n in range(room):
             if n:
-                logits = self.extend(this.ids[-1])                   # (V)
+                logits = self.extend(this.ids[-1])                      # (V)
             token = pick(logits[:len(self.tokenizer)], temperature, top_p, generator)
             this.ids.append(token)
             if token == self.tokenizer.eos:

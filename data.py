@@ -32,8 +32,8 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from mmca import IMAGE, PAD, TEXT
-from vision import (InputError, checkpoint_path, count_image_tokens, load_image, positive, preprocess, read_config, read_json,
-                    read_vit_config)
+from vision import (InputError, checkpoint_path, count_image_tokens, load_image, positive, preprocess, read_config,
+                    read_json, read_vit_config)
 
 SYSTEM = "You are a powerful vision-language assistant."
 NO_PICTURE = ": no such picture"
@@ -581,9 +581,9 @@ def read_data(args):
         split = [hold_out(len(data.drafts), args.eval_fraction, f"{args.seed} {data.name}") for data in sets]
         training, held = zip(*split)
 
-    read = sets if held_sets is sets else [*sets, *held_sets]
-    left_out = [record for data in read for record in data.left_out]
-    count = len(left_out) + sum(len(data.drafts) for data in read)
+    both = sets if held_sets is sets else [*sets, *held_sets]
+    left_out = [record for data in both for record in data.left_out]
+    count = len(left_out) + sum(len(data.drafts) for data in both)
     if left_out and not int(os.environ.get("RANK", 0)):
         print(printable(f"{len(left_out)} of {count} records are left out: {'; '.join(left_out[:3])}"))
     missing = [record for record in left_out if record.endswith(NO_PICTURE)]

@@ -231,8 +231,8 @@ class Perceiver(Resampler):
     and Linear."""
 
     def __init__(self, vision, D):
-        width = vision.hidden_size
-        super().__init__(width, D, eps=1e-12, kv_proj=nn.Linear(width, D))
+        super().__init__(
+            vision.hidden_size, D, eps=1e-12, kv_proj=nn.Linear(vision.hidden_size, D))
         self.projection = nn.Sequential(
             nn.LayerNorm(D, eps=1e-12),
             nn.Linear(D, D))
@@ -316,8 +316,8 @@ class VisualChat(nn.Module):
     def encode_images(self, pixels):
         """pixels (N, 3, S, S) -> projected features (N, P, D); a frozen tower runs without a
         graph"""
-        with nullcontext() if any(
-                p.requires_grad for p in self.vision_model.parameters()) else torch.no_grad():
+        trained = any(p.requires_grad for p in self.vision_model.parameters())
+        with nullcontext() if trained else torch.no_grad():
             features = self.vision_model(pixels.to(
                 self.language_model.model.norm.weight.dtype))               # (N, P, Dv)
         return self.projection(features)                                    # (N, P, D)
@@ -462,14 +462,14 @@ class VisualChat(nn.Module):
             vision_model/            config.json, model*.safetensors, preprocessor_config.json
 
         `from_pretrained` opens it for chat.py, with the attention it was trained with. train.py
-        begins from either folder, and transformers opens both (with LLaMA's own, causal attention;
-        the tower if it is CLIP's).
+        begins from either folder, with a new projection, and transformers opens both (with LLaMA's
+        own, causal attention; the tower if it is CLIP's).
 
         tokenizer: a data.Tokenizer, whose file is copied to language_model/. bases: the folders of
-        language model and vision tower that were trained from; then only what was trained is
-        written, LoRA as its factors, and where the rest is. Under ZeRO-3 every process must call
-        this: weights are gathered, and process 0 writes. InputError if the disk does not take
-        it."""
+        language model and vision tower that were trained from; then the two folders hold only what
+        was trained, trained*.safetensors with LoRA as its factors, and the place of the rest, and
+        transformers does not open them. Under ZeRO-3 every process must call this: weights are
+        gathered, and process 0 writes. InputError if the disk does not take it."""
         with whole_folder(folder) as work:
             if is_main():
                 write_configs(self, work, tokenizer, bases)
@@ -477,7 +477,8 @@ class VisualChat(nn.Module):
                 module = getattr(self, part)
                 # CLIP's published files are those of a larger model with two towers
                 prefix = "vision_model." if isinstance(module, ViT) else ""
-                weights, name = plain_weights(module, prefix), "model"
+                weights = plain_weights(module, prefix)
+                name = "model"
                 if bases:
                     weights = [
                         (n, [p])
@@ -719,7 +720,7 @@ def load_vit(
     """A vision tower: CLIP's, from a CLIPVisionModel (with the prefix vision_model. or without) or
     a whole CLIPModel; or Qwen-VL's, extracted or from a whole checkpoint, of which nothing else is
     read and no other shard needed."""
-    # before: zero.Init would make what is read here its own
+    # not in that context: zero.Init would change what a .bin file is read into
     sizes = vit_sizes(folder, feature_layer, class_token)
     with empty():
         model = make_vit(sizes)
@@ -958,8 +959,8 @@ def save_weights(tensors, file):
         shards[-1].append((name, parts))
     index = {}
     for n, shard in enumerate(shards, 1):
-        name = f"{file.stem}-{n:05d}-of-{len(shards):05d}.safetensors"
-        target = file.with_name(name) if len(shards) > 1 else file
+        numbered = f"{file.stem}-{n:05d}-of-{len(shards):05d}.safetensors"
+        target = file.with_name(numbered) if len(shards) > 1 else file
         content = {}
         for name, parts in shard:
             index[name] = target.name

@@ -83,7 +83,7 @@ def command_line():
 
     either = parser.add_mutually_exclusive_group().add_argument
     either("--overwrite", action="store_true", help="replace the run that --out holds")
-    either("--resume", action="store_true", help="continue it, with the same flags")
+    either("--resume", action="store_true", help="continue it; without a state, begin anew")
     add("--save_every", type=positive, default=500, metavar="STEPS",
         help="from one state to resume from to the next")
     add("--save_trained_only", action="store_true",
@@ -120,7 +120,7 @@ class Progress:
 
 
 def train(args, progress):
-    """The whole of it, in nine steps. progress: the caller says where a run stood that stops"""
+    """The whole of it, in nine steps. progress is main's, which says where it was stopped"""
     # ---- 1. settings and processes ----
     # every process runs this file from here to the end, each on its own part of the data
     (device,), args.dtype = choose_device(own_device(), args.dtype)
@@ -421,10 +421,11 @@ def report(scores, held_out, args, progress, log):
 def make_model(args, device, deepspeed, settings):
     """-> VisualChat of the vision tower and the language model in their folders, and its Tokenizer.
 
-    How 70B get into 8 GPUs: in the context zero.Init each parameter that is made is cut into 8
-    parts at once. `model.fill` then takes tensor after tensor from the files: process 0 reads it,
-    the parameter is gathered for that moment, and each process keeps its part. So no process ever
-    holds more than an eighth, 18 GB in 16 bit, and one tensor."""
+    How 70B get into 8 GPUs under ZeRO-3: in the context zero.Init each parameter that is made is
+    cut into 8 parts at once. `fill` (model.py) then takes tensor after tensor from the files:
+    process 0 reads it, the parameter is gathered for that moment, and each process keeps its part.
+    So none ever holds more than an eighth, 18 GB in 16 bit, and one tensor. (What was trained alone
+    is read whole by each.)"""
     spread = nullcontext()
     options = {}
     if args.zero_stage == 3:
@@ -644,8 +645,9 @@ def compile_layers(model, deepspeed, settings):
 # files, then latest by a rename, then the state before is removed. At the end of an epoch come the
 # scores, a state, the checkpoint (written beside and renamed) and best. So a kill at any moment
 # leaves the last state whole. --resume compares what the run is with the first line of the log
-# (`begin_log`), and takes up the weights that are trained, the optimizer, the schedule and
-# Progress; frozen weights come from their folders again, the order of the data from the seed.
+# (`begin_log`; flags in FREE may differ), and takes up the weights that are trained, the optimizer,
+# the schedule and Progress; frozen weights come from their folders again, the order of the data
+# from the seed. Where no state was saved it begins anew.
 
 def open_log(args):
     """Make the folder of the run -> its log, locked; InputError if it holds what must stay"""

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from data import DATASETS, Epoch, Samples, Tokenizer, Turn, collate, encode, read_datasets
 from model import Llama, VisualChat, load_vit, plain_weights, read_llama_config, save_weights
 import train
-from train import batches, command_line, deal, engine_settings, finish_batch, own_device, schedule, sentence_of
+from train import batches, command_line, deal, engine_settings, finish_batch, own_device, parameter_groups, schedule, sentence_of
 from vision import InputError, checkpoint_path, fixed_positions
 
 LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29517"]
@@ -287,6 +287,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(folder):
     (folder / "out/best").write_text("somebody's")
     assert "already holds a run" in run(folder, *base, fails=True) and (folder / "out/best").read_text() == "somebody's"
     (folder / "out/best").unlink()
+    (folder / "out/log.jsonl").write_text('{"step": 0}\n')
+    assert "already holds a run" in run(folder, *base, fails=True) and (folder / "out/log.jsonl").read_text() == '{"step": 0}\n'
+    (folder / "out/log.jsonl").unlink()
     model = folder / "out/epoch-1"
     model.mkdir()
     assert "already holds a run" in run(folder, *base, fails=True)
@@ -368,7 +371,7 @@ import train
 evaluate, calls = train.evaluate, []
 def overflown(*inputs):
     calls.append(evaluate(*inputs))
-    return calls[-1]._replace(loss=float("inf")) if len(calls) == 2 else calls[-1]
+    return calls[-1]._replace(loss=float({loss!r})) if len(calls) == 2 else calls[-1]
 train.evaluate = overflown
 train.main()
 """
@@ -377,11 +380,22 @@ train.main()
 def test_a_held_out_loss_that_is_not_finite_stops_the_run(mine):
     """The weights are numbers, and so is the loss of every step; the state of the epoch before stays"""
     folder, flags = mine
-    (folder / "overflown.py").write_text(BAD_HELD_OUT.format(root=str(ROOT)))
+    (folder / "overflown.py").write_text(BAD_HELD_OUT.format(root=str(ROOT), loss="inf"))
     message = run(folder, *flags, "--eval_fraction", "0.25", fails=True, script=folder / "overflown.py")
     assert message.startswith("train.py: the held-out loss after step 6 is inf: begin anew") and message.endswith("goes on from step 3")
     assert left(folder) == ["best", "epoch-1", "log.jsonl", "state"] and (folder / "out/state/latest").read_text() == "step-3"
     assert (folder / "out/best").read_text() == "epoch-1"
+
+
+def test_best_is_the_epoch_with_the_lowest_held_out_loss(mine):
+    """The second of three is bad, and the last is good again: better than the first"""
+    folder, flags = mine
+    (folder / "bad.py").write_text(BAD_HELD_OUT.format(root=str(ROOT), loss="1e6"))
+    flags = [*flags, "--eval_fraction", "0.25", "--learning_rate", "0.01"]
+    log = run(folder, *flags, "--max_steps", "6", script=folder / "bad.py")
+    assert len([line for line in log if "eval_loss" in line]) == 2 and (folder / "out/best").read_text() == "epoch-1"
+    losses = [line["eval_loss"] for line in run(folder, *flags, "--overwrite", script=folder / "bad.py") if "eval_loss" in line]
+    assert losses[2] < losses[0] < losses[1] and (folder / "out/best").read_text() == "epoch-3"
 
 
 def test_a_run_without_anything_to_train_on_is_refused(mine):
@@ -1018,3 +1032,12 @@ def test_the_learning_rate_rises_from_the_first_step_and_falls_to_zero():
     assert rates[:11] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1])
     assert rates[60] == pytest.approx(0.5) and rates[110] == pytest.approx(0) and rates[35] == pytest.approx((1 + 0.5 ** 0.5) / 2)
     assert schedule(0, 1, 1) == 1
+
+
+@pytest.mark.parametrize("given, rate", [(None, 0.5), (0.0, 0.0), (0.25, 0.25)])
+def test_the_word_embedding_has_a_rate_of_its_own_if_it_is_given(given, rate):
+    model = tiny_model()
+    model.set_trained()
+    others, words = parameter_groups(model, argparse.Namespace(learning_rate=0.5, embedding_learning_rate=given))
+    assert (others["lr"], words["lr"]) == (0.5, rate) and words["params"] == [model.language_model.model.embed_tokens.weight]
+    assert len(others["params"]) == len(list(model.projection.parameters())) == 4
