@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from mmca import IMAGE, TEXT, attend, image_term, make_pattern
+from mmca import IMAGE, TEXT, attend, image_term, make_pattern, reads_pictures_once
 from vision import (InputError, QwenConfig, QwenViT, Resampler, ViT, ViTLayer, apply,
                     checkpoint_path, count_image_tokens, make_config, read_config, read_json,
                     read_preprocessing, read_section, read_vit_config, reason_of)
@@ -287,6 +287,7 @@ class VisualChat(nn.Module):
         self.vision_model = vision_model
         self.language_model = language_model
         self.attention = attention
+        self.reads_pictures_once = reads_pictures_once(attention)
         self.projection_kind = projection
         config = language_model.config
         self.projection = make_projection(projection, vision_model.config, config)
@@ -379,8 +380,8 @@ class VisualChat(nn.Module):
         Under MMCA an image token sees only itself, so that its keys and values in all layers depend
         on nothing else: they are computed here, once for every conversation and place, by the same
         pass as always, with image tokens and no words. Returns a KVCache of P tokens; under the
-        other two the features."""
-        if self.attention != "mmca":
+        other two, or a rule of your own by which image tokens see more, the features."""
+        if not self.reads_pictures_once:
             return features
         language = self.language_model.model
         modality = features.new_full((1, len(features)), IMAGE, dtype=torch.long)   # (1, P)
@@ -398,7 +399,7 @@ class VisualChat(nn.Module):
         logits of the next (V). pictures: what `keep_picture` made of each picture among them."""
         language = self.language_model.model
         pattern = make_pattern(modality, cache.append(modality), self.attention)
-        if self.attention == "mmca":
+        if self.reads_pictures_once:
             # keys and values of the pictures are known: only the words pass the decoder
             places = pattern.positions[0, pattern.num_words:].flip(0)       # (N P)
             starts = places[::self.image_tokens].tolist()
