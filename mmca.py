@@ -28,7 +28,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 PAD, TEXT, IMAGE = 0, 1, 2  # the modality of a position: the one thing that says where pictures are
 
@@ -41,21 +40,21 @@ def attention_matrix(query_modality, key_modality, kind="mmca"):
     query_modality (B, Tq), key_modality (B, Tk): PAD, TEXT or IMAGE; the queries are the last Tq of
     the Tk positions. kind "mmca" or "cross": 1 where text meets text at or before it and where an
     image token meets itself, 2 where text meets an image token before it, 0 elsewhere. kind
-    "causal": 1 at or before. Padding neither sees nor is seen. Returns M (B, Tq, Tk) of int64."""
-    _check(kind)
+    "causal": 1 at or before. Padding neither sees nor is seen. Returns M (B, Tq, Tk) of int64.
+    ValueError if kind is not known."""
+    if kind not in ("mmca", "causal", "cross"):
+        raise ValueError(f"attention is one of mmca, causal, cross; not {kind!r}")
     key = torch.arange(key_modality.shape[1], device=key_modality.device)   # (Tk)
     query = key[-query_modality.shape[1]:, None]                            # (Tq, 1)
     q = query_modality[:, :, None]                                          # (B, Tq, 1)
     k = key_modality[:, None]                                               # (B, 1, Tk)
-    past = (key <= query) & (q != PAD) & (k != PAD)                         # (B, Tq, Tk)
+    # a product with PAD, which is 0, is PAD
+    past = (key <= query) & (q * k != PAD)                                  # (B, Tq, Tk)
     if kind == "causal":
         return past.long()                                                  # (B, Tq, Tk)
-    # a word sees words with the first softmax, image tokens with the second
-    of_word = 1 + (k == IMAGE).long()                                       # (B, 1, Tk)
-    # an image token sees itself
-    of_image = (key == query).long()                                        # (Tq, Tk)
-    which = torch.where(q == TEXT, of_word, of_image)                       # (B, Tq, Tk)
-    return past * which                                                     # (B, Tq, Tk)
+    # a word sees words with the first softmax and image tokens with the second, which TEXT and
+    # IMAGE are numbered after; an image token sees itself with the first
+    return past * torch.where(q == TEXT, k, key == query)                   # (B, Tq, Tk)
 
 
 def softmax(q, k, keep):
@@ -104,64 +103,56 @@ class Pattern:
         """n, the word rows of the arranged order"""
         return self.image_mask.shape[2]
 
-    def to(self, device):
-        """The same on another device"""
-        return Pattern(
-            self.kind,
-            self.positions.to(device),
-            None if self.text_mask is None else self.text_mask.to(device),
-            self.image_mask.to(device),
-            self.queries)
+    @property
+    def batch(self):
+        """0, 1, ... (B, 1): the batch row of each place"""
+        return torch.arange(len(self.positions), device=self.positions.device)[:, None]
 
     def arrange(self, x):
         """x (B, T, ...) in reading order -> (B, n + m, ...), words first; fillers hold the last
         row's numbers: where x is labels, the -100 that ends them"""
-        batch = torch.arange(len(x), device=x.device)[:, None]              # (B, 1)
         place = self.positions - self.queries.start                         # (B, n + m)
-        return x[batch, place.clamp(max=x.shape[1] - 1)]                    # (B, n + m, ...)
+        return x[self.batch, place.clamp(max=x.shape[1] - 1)]               # (B, n + m, ...)
 
     def restore(self, y):
         """y (B, n + m, ...), words first -> (B, T, ...) in reading order; padding is zero"""
-        batch = torch.arange(len(y), device=y.device)[:, None]              # (B, 1)
         # one place behind the last position takes what the fillers hold, and is cut off
         x = y.new_zeros(len(y), self.queries.stop + 1, *y.shape[2:])        # (B, Tk + 1, ...)
-        x[batch, self.positions] = y
+        x[self.batch, self.positions] = y
         return x[:, self.queries.start:-1]                                  # (B, T, ...)
 
 
 def make_pattern(query_modality, key_modality, kind="mmca", fill=1):
-    """query_modality (B, Tq), the last Tq of key_modality (B, Tk) -> Pattern, whose m is a multiple
-    of fill. ValueError if kind is not known or there are more queries than keys.
+    """query_modality (B, Tq), the last Tq of key_modality (B, Tk) -> Pattern. Where Tq < Tk, in a
+    conversation that goes on, B is 1. Image tokens are filled up to a multiple of fill.
 
     A rule of your own about what words see of the pictures is an edit of the comparison that makes
     image_mask, and of `attention_matrix`: `python mmca.py` shows whether the two agree."""
-    _check(kind)
     Tk = key_modality.shape[1]
     start = Tk - query_modality.shape[1]
-    if start < 0:
-        raise ValueError(f"{Tk - start} queries cannot be the last of {Tk} positions")
     # CA knows no pictures: their tokens are words like others, padding stays what it is
     if kind == "causal":
         key_modality = key_modality.clamp(max=TEXT)
 
-    # the rows of this pass, in their order. Of the image tokens the newest stands first, as in a
-    # cache, which they fill from its end: all that it holds are then one slice, old ones last.
-    # fill: a GPU's kernels take masks whose rows are multiples of 8
-    words = _positions(TEXT, key_modality, start)                           # (B, n)
-    images = _positions(IMAGE, key_modality, start, fill).flip(1)           # (B, m)
+    all_words = _positions(TEXT, key_modality)                              # (B, all words)
+    all_images = _positions(IMAGE, key_modality)                            # (B, all images)
+    # fill: a GPU's kernels take masks whose rows are multiples of 8. flip: the newest stands first,
+    # as in a cache, which they fill from its end: so what a cache holds of them is one slice, and
+    # the new ones stand before it
+    all_images = F.pad(
+        all_images, (0, -all_images.shape[1] % fill), value=Tk).flip(1)     # (B, all images)
+    # of these the rows of this pass
+    words = all_words[:, all_words[0] >= start]                             # (B, n)
+    images = all_images[:, all_images[0] >= start]                          # (B, m)
 
     # M1 among the words. Where the keys are the queries, it is the triangle that torch makes
     # without a mask; its is_causal is aligned to the top left: wrong where a cache was before
     query = words[:, None, :, None]                                         # (B, 1, n, 1)
     text_mask = None
     if start:
-        key = _positions(TEXT, key_modality)[:, None, None]                 # (B, 1, 1, all words)
-        text_mask = key <= query                                            # (B, 1, n, all words)
-
+        text_mask = all_words[:, None, None] <= query                       # (B, 1, n, all words)
     # M2: a word sees the image tokens before it. A filler's position Tk is before none
-    key = _positions(IMAGE, key_modality, fill=fill).flip(1)                # (B, all images)
-    key = key[:, None, None]                                                # (B, 1, 1, all images)
-    image_mask = key < query                                                # (B, 1, n, all images)
+    image_mask = all_images[:, None, None] < query                          # (B, 1, n, all images)
     return Pattern(
         kind,
         torch.cat([words, images], 1),
@@ -202,8 +193,9 @@ def image_term(q, k, v, pattern):
     (B, H, n, d)"""
     # a word with no picture before it sees nothing. Kernels differ in what they make of that, some
     # give NaN: so it sees everything, and then its result is made zero
-    blind = ~pattern.image_mask.any(3, keepdim=True)                        # (B, 1, n, 1)
-    out = _attention(q, k, v, pattern.image_mask | blind)                   # (B, H, n, d)
+    mask = pattern.image_mask.to(q.device)                                  # (B, 1, n, all images)
+    blind = ~mask.any(3, keepdim=True)                                      # (B, 1, n, 1)
+    out = _attention(q, k, v, mask | blind)                                 # (B, H, n, d)
     return out.masked_fill(blind, 0)                                        # (B, H, n, d)
 
 
@@ -212,33 +204,35 @@ def reads_pictures_once(kind):
 
     So it is where an image token sees itself alone. That is asked of `attention_matrix`, so that a
     rule of your own there is noticed. Under "cross" no picture passes the decoder: False."""
-    # here also where the model is made on a device that holds no numbers
+    # on the CPU, also where a model is made on a device that holds no numbers
     modality = torch.tensor([[TEXT, IMAGE, IMAGE]], device="cpu")           # (1, 3)
-    M = attention_matrix(modality, modality, kind)[0]                       # (3, 3)
-    return kind != "cross" and M[2].tolist() == [0, 0, 1]
+    M = attention_matrix(modality, modality, kind)                          # (1, 3, 3)
+    return kind != "cross" and M[0, 2].tolist() == [0, 0, 1]
 
 
 # ---- what serves it ------------------------------------------------------------------------------
 
-def _positions(which, modality, start=0, fill=1):
-    """Where in modality (B, T) which stands, from start on -> (B, as many as the fullest batch row
-    has), filled up with T to a multiple of fill: of T T I I T and IMAGE with fill 4, 2 3 5 5"""
+def _positions(which, modality):
+    """Where in modality (B, T) which stands -> (B, as many as the fullest batch row has), in order,
+    filled up with T"""
     T = modality.shape[1]
-    rows = [row.nonzero()[:, 0] + start for row in modality[:, start:] == which]
-    # what fills up stands at T: behind every position, where nothing sees it
-    found = pad_sequence(rows, batch_first=True, padding_value=T)
-    return F.pad(found, (0, -found.shape[1] % fill), value=T)
+    position = torch.arange(T, device=modality.device)                      # (T)
+    # what is not asked for counts as at T, behind every position, where nothing sees it: image
+    # tokens of the example stand at 5 5 2 3 5, sorted at 2 3 5 5 5, of which 2 3 are left
+    found = position.where(modality == which, T).sort(1).values             # (B, T)
+    return found[:, :(found < T).sum(1).max()]
 
 
 def _attention(q, k, v, mask):
     """softmax(QK') V by torch, where mask says so; None: each query sees the keys up to its own"""
     grouped = k.shape[1] < q.shape[1]
-    # of a GPU's kernels flash attention alone takes grouped heads, and it takes no mask: torch
-    # would make the whole (B, H, n, m)
-    if grouped and mask is not None and not q.is_cpu:
-        k = _shared(k, q)                                                   # (B, H, m, d)
-        v = _shared(v, q)                                                   # (B, H, m, d)
-        grouped = False
+    if mask is not None:
+        # layers may be on several devices
+        mask = mask.to(q.device)
+        # of a GPU's kernels flash attention alone takes grouped heads, and it takes no mask: torch
+        # would make the whole (B, H, n, m)
+        if grouped and not q.is_cpu:
+            return _attention(q, _shared(k, q), _shared(v, q), mask)        # (B, H, n, d)
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -253,18 +247,13 @@ def _shared(x, q):
     return x.repeat_interleave(q.shape[1] // x.shape[1], 1)
 
 
-def _check(kind):
-    if kind not in ("mmca", "causal", "cross"):
-        raise ValueError(f"attention is one of mmca, causal, cross; not {kind!r}")
-
-
 def main():
     """Draw figure 2 of the post, or M for the words of the command line, where <image> is one image
     token; then compare `attend` with the formula."""
     figure_2 = "User : <image1> <image2> <image3> Please describe the image ."
     words = (" ".join(sys.argv[1:]) or figure_2).split()
-    modality = [IMAGE if word.startswith("<image") else TEXT for word in words]
-    modality = torch.tensor([modality])                                     # (1, T)
+    modality = torch.tensor([
+        [IMAGE if word.startswith("<image") else TEXT for word in words]])  # (1, T)
     M = attention_matrix(modality, modality)                                # (1, T, T)
     causal = attention_matrix(modality, modality, "causal")                 # (1, T, T)
     # image tokens do not pass the decoder
@@ -274,24 +263,21 @@ def main():
     print("A row is a query, a column a key, in the same order; · is not seen.\n")
     print(f"{'':11}{'CA':{column}}{'CrA':{column}}MMCA")
     for word, *rows in zip(words, causal[0], cross[0], M[0]):
-        line = f"{word:11}"
-        for row in rows:
-            line += " ".join("·12"[m] for m in row) + "    "
-        print(line.rstrip())
+        drawn = [" ".join("·12"[m] for m in row) for row in rows]
+        print(f"{word:11}" + "    ".join(drawn))
     print("\nCA: softmax over 1. CrA: softmax over 1 in the layer, over 2 in an added one. MMCA:\n"
           "softmax(QK' . M1) + softmax(QK' . M2), M1 = [M == 1], M2 = [M == 2]; M is on the right.")
 
     # random queries, keys and values of one head, by the formula and by the fast way
-    T = len(words)
-    qkv = torch.randn(3, 1, 1, T, 16)                                       # (1, 1, T, d) each
+    qkv = torch.randn(3, 1, 1, len(words), 16)                              # (1, 1, T, d) each
     explicit = attend_explicit(*qkv, M)                                     # (1, 1, T, d)
     pattern = make_pattern(modality, modality)
-    order = pattern.positions[0]                                            # (T)
+    order = pattern.positions[0]                                            # (T), words first
     q, k, v = qkv[..., order, :]                                            # (1, 1, T, d) each
-    q = q[:, :, :pattern.num_words]                                         # (1, 1, n, d)
-    fast = attend(q, k, v, pattern)                                         # (1, 1, T, d)
-    difference = (fast - explicit[:, :, order]).abs().max()
-    print(f"attend and attend_explicit differ by {difference:.0e} at most (rounding: below 1e-05).")
+    fast = attend(q[:, :, :pattern.num_words], k, v, pattern)               # (1, 1, T, d)
+    difference = fast - explicit[:, :, order]                               # (1, 1, T, d)
+    print(f"attend and attend_explicit differ by {difference.abs().max():.0e} at most "
+          "(rounding: below 1e-05).")
 
 
 if __name__ == "__main__":

@@ -171,7 +171,6 @@ class LlamaModel(nn.Module):
         cos, sin = rotary(positions, self.config, x.dtype)                  # (B, 1, n + m, d)
         for i, layer in enumerate(self.layers):
             if self.devices and self.devices[i] != x.device:
-                pattern = pattern.to(self.devices[i])
                 x, features, cos, sin = (t.to(self.devices[i]) for t in (x, features, cos, sin))
             store = cache and cache.layer(i, pattern)
             if cross_attention is not None:

@@ -239,11 +239,11 @@ def test_no_square_matrix_of_floats():
     assert max(sizes) <= max(who.image_mask.numel(), 8 * T * 2)
 
 
-def test_bad_arguments_are_named():
+def test_a_mechanism_that_is_not_known_is_named():
     with pytest.raises(ValueError, match="mmca, causal, cross; not 'mcma'"):
-        make_pattern(sequence("TT"), sequence("TT"), "mcma")
-    with pytest.raises(ValueError, match="3 queries cannot be the last of 2"):
-        make_pattern(sequence("TTT"), sequence("TT"))
+        attention_matrix(sequence("TT"), sequence("TT"), "mcma")
+    with pytest.raises(ValueError, match="not 'mcma'"):
+        tiny_model("mcma")
 
 
 def test_command_draws_m_of_a_given_sequence_and_compares_the_two_ways():
