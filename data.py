@@ -18,7 +18,6 @@ import pickle
 import random
 import re
 import sys
-from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -71,22 +70,19 @@ def encode(conversation, tokenizer, image_tokens, shown=None, max_length=None, m
     open. shown: None begins a conversation; a number continues one in which so many pictures have
     been shown. The rounds from the first on that would pass max_length tokens or max_images
     pictures are left out whole and counted: half an answer would teach to stop in the middle."""
-    ids, labels, modality = [], [], []
+    rows = []  # (id, label, modality): made in one place, the three cannot drift apart
     images = []
     fitting = 0
     number = shown or 0
 
     def add(piece, kind=TEXT, trained=False):
-        # the three lists grow in one place: they can never drift apart
-        ids.extend(piece)
-        labels.extend(piece if trained else [-100] * len(piece))
-        modality.extend([kind] * len(piece))
+        rows.extend((i, i if trained else -100, kind) for i in piece)
 
     # every piece is tokenized by itself: nothing that is written in a question becomes markup
     if shown is None:
         add([tokenizer.bos] + tokenizer.encode(SYSTEM))
     for turn in conversation:
-        start = len(ids)
+        start = len(rows)
         # an empty line before each round, none between its pictures
         lines = "\n\n"
         for _ in turn.images:
@@ -100,16 +96,14 @@ def encode(conversation, tokenizer, image_tokens, shown=None, max_length=None, m
         add(tokenizer.encode("\n### Answer:"))
         if turn.answer is not None:
             add(tokenizer.encode(quote(turn.answer)) + [tokenizer.eos], trained=True)
-        too_long = max_length and len(ids) > max_length
+        too_long = max_length and len(rows) > max_length
         if too_long or max_images and len(images) + len(turn.images) > max_images:
-            del ids[start:], labels[start:], modality[start:]
+            del rows[start:]
             break
         images += turn.images
         fitting += 1
-    # by way of numpy: torch.tensor of a list would take longer than all the rest
-    tensors = [torch.from_numpy(np.array(part, np.int64))                   # (T)
-               for part in (ids, labels, modality)]
-    return Example(*tensors, images, left_out=len(conversation) - fitting)
+    columns = torch.tensor(rows, dtype=torch.long).view(-1, 3).unbind(1)    # 3 x (T)
+    return Example(*columns, images, left_out=len(conversation) - fitting)
 
 
 def quote(text):
@@ -274,8 +268,9 @@ def collate(examples):
     distinct = list(pixels)
     index = [distinct.index(image) for example in examples for image in example.images]
     batch["image_index"] = torch.tensor(index, dtype=torch.long)            # (N)
-    stacked = torch.stack(list(pixels.values())) if pixels else torch.empty(0)
-    return batch | {"pixels": stacked}                                      # (U, 3, S, S)
+    # without pictures there are no sizes to stack
+    batch["pixels"] = torch.stack(list(pixels.values())) if pixels else torch.empty(0)
+    return batch
 
 
 def render(example, tokenizer, colour=True):
@@ -380,16 +375,15 @@ class LeftOut(Exception):
 def find(folder, name):
     """A file or a folder below the data folder -> its path; InputError that says where to get it"""
     if not (folder / name).exists():
-        top = name.split("/")[0]
-        source = re.search(f"^{top} +(.*)", SOURCES, re.MULTILINE)[1]
+        source = re.search(f"^{name.split('/')[0]} +(.*)", SOURCES, re.MULTILINE)[1]
         raise InputError(f"{folder / name} is missing: {source} has it")
     return folder / name
 
 
 def published(name, make, args, left_out):
     """The rounds of the records in a data set's files. make: as in `each`, but for the pictures"""
-    for row in re.findall(f"^{name} .*", FILES, re.MULTILINE):
-        _, file, field, pictures = row.split()
+    for row in re.findall(f"^{name} (.*)", FILES, re.MULTILINE):
+        file, field, pictures = row.split()
         file = find(args.data_path, file)
         pictures = find(args.data_path, pictures)
         if pictures.suffix == ".json":
@@ -404,8 +398,7 @@ def each(content, file, make, left_out):
     """Yield make(key, record, rest) of the records in a list or an object: its rounds. rest: the
     records not read yet, from which it may take some away. "id: why" is appended to left_out for
     one that is left out; InputError names one that is not as it should be."""
-    named = isinstance(content, dict)
-    rest = content if named else dict(enumerate(content))
+    rest = content if isinstance(content, dict) else dict(enumerate(content))
     for key in list(rest):
         if key not in rest:
             continue
@@ -418,7 +411,8 @@ def each(content, file, make, left_out):
                 texts([turn.question, turn.answer])
             yield rounds
         except LeftOut as why:
-            left_out.append(f"{key if named else f'{file.stem}[{key}]'}: {why}")
+            name = key if isinstance(key, str) else f"{file.stem}[{key}]"
+            left_out.append(f"{name}: {why}")
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"{file}[{key!r}] has a wrong or missing field: {error}") from error
 
@@ -439,7 +433,7 @@ def clean(text, marker="<image>"):
 
 MAX_IMAGES = 8  # of one conversation, as in the original; also the default of --max_images
 
-DESCRIBE = """
+DESCRIBE = """\
 Please describe this image.
 What does this image show?
 Write a caption for this image.
@@ -447,24 +441,21 @@ Give this image a fitting title.
 Tell me what you see here.
 Summarize the content of the image.
 What is going on in this picture?
-How would you describe this picture to somebody who cannot see it?
-""".strip().splitlines()
+How would you describe this picture to somebody who cannot see it?""".splitlines()
 
-REASON = """
+REASON = """\
 Why?
 Please say why.
 What is the reason?
 How do you know?
 Explain your answer.
-Give reasons for your answer.
-""".strip().splitlines()
+Give reasons for your answer.""".splitlines()
 
-STYLES = """
+STYLES = """\
 image a, image b, image c, image d, image e, image f, image g, image h
 image A, image B, image C, image D, image E, image F, image G, image H
 the first image, the second image, the third image, the fourth image, the fifth image, \
-the sixth image, the seventh image, the eighth image
-""".strip().splitlines()
+the sixth image, the seventh image, the eighth image""".splitlines()
 
 
 def first_round(rounds, rng):
@@ -496,16 +487,16 @@ def aokvqa(pictures, key, record, rest):
     right = texts(record["choices"])[record["correct_choice_idx"]]
     answer = f"The answer is {right}. Because {' '.join(texts(record['rationales']))}"
     image = f"{pictures}/{record['image_id']:012}.jpg"
-    return [Turn(f"{texts([record['question']])[0]} {why}", answer, [image]) for why in REASON]
+    return [Turn(record["question"] + f" {why}", answer, [image]) for why in REASON]
 
 
 def ocr_vqa(pictures, key, record, rest):
     """OCR-VQA: the cover of a book and questions about it"""
     image = f"{pictures}/{key}{os.path.splitext(record['imageURL'])[1]}"
-    # covers that are gone are one pixel wide or high; to open all others too would take minutes
-    if os.path.exists(image) and os.path.getsize(image) < 10_000:
-        # a broken one is replaced when its turn comes
-        with suppress(InputError):
+    # absent or broken ones are noticed later
+    with suppress(InputError, OSError):
+        # covers that are gone are one pixel wide or high; to open all others would take minutes
+        if os.path.getsize(image) < 10_000:
             width, height = load_image(image).size
             if min(width, height) == 1:
                 raise LeftOut(f"picture of {width} x {height} pixels")
@@ -513,11 +504,12 @@ def ocr_vqa(pictures, key, record, rest):
     return [Turn(question, answer, [image]) for question, answer in pairs]
 
 
-def group(record, rest):
-    """The rounds of one of MIMIC-IT's instructions and of those that it names: none is in two
-    groups"""
+def group(images, record, rest):
+    """The rounds of one of MIMIC-IT's instructions and of those that it names, which lead no group
+    then; the pictures before the first"""
     members = [record] + [rest.pop(name) for name in texts(record["rel_ins_ids"]) if name in rest]
-    return [Turn(clean(member["instruction"]), member["answer"]) for member in members]
+    return shown_first(images, [Turn(clean(member["instruction"]), member["answer"])
+                                for member in members])
 
 
 def mimicit(pictures, key, record, rest):
@@ -528,7 +520,7 @@ def mimicit(pictures, key, record, rest):
         raise LeftOut("none of its pictures is in the picture file")
     if len(images) > MAX_IMAGES:
         raise LeftOut(f"{len(images)} pictures")
-    return shown_first(images, group(record, rest))
+    return group(images, record, rest)
 
 
 def mimicit_cgd(pictures, key, record, rest, about=None):
@@ -538,7 +530,7 @@ def mimicit_cgd(pictures, key, record, rest, about=None):
     images = [f"{pictures}/{name}.jpg" for name in names]
     if about is not None and not all(image in about for image in images[:-1]):
         raise LeftOut("a picture before the last one has no LLaVA conversation")
-    return shown_first(images, group(record, rest))
+    return group(images, record, rest)
 
 
 def in_any_order(rounds, rng):
@@ -596,7 +588,8 @@ def with_names(rounds, rng):
         said = []
         for text in (turn.question, turn.answer):
             # a mention is a whole id: in IMAGE#1417 there is no IMAGE#14
-            text = re.sub("IMAGE#([0-9A-Za-z_]+)", lambda found: names.get(found[1], found[0]), text)
+            text = re.sub("IMAGE#([0-9A-Za-z_]+)",
+                          lambda found: names.get(found[1], found[0]), text)
             # a name may now stand where a sentence begins
             said.append(re.sub(r"(^|[.?!][ \n])\w", lambda found: found[0].upper(), text))
         conversation.append(Turn(*said, turn.images))
@@ -646,9 +639,9 @@ def picture_index(file, out):
 
     A file of tens of GB is read through once: the result is kept beside it, or in `out` where its
     folder cannot be written."""
-    version = [file.stat().st_size, file.stat().st_mtime_ns]
+    version = file.stat().st_mtime_ns
     place = file.with_name(f"{file.name}.index")
-    if not place.exists() and not os.access(file.parent, os.W_OK):
+    if not os.access(file.parent, os.W_OK):
         place = out / place.name
     kept = read_json(place) if place.exists() else {}
     if kept.get("version") != version:
@@ -665,10 +658,10 @@ def look_through(file):
     with open(file, "rb") as source:
         # of a map the system holds what there is room for, the process nothing
         text = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
-        # each entry begins where the one before has ended: none is passed over
-        while match := ENTRY.match(text, end):
-            places[json.loads(match[1])] = match.start(2), len(match[2])
-            end = match.end()
+    # each entry begins where the one before has ended: none is passed over
+    while match := ENTRY.match(text, end):
+        places[json.loads(match[1])] = match.start(2), len(match[2])
+        end = match.end()
     if not CLOSING.fullmatch(text, end):
         raise InputError(f'{file} is no JSON object of "id": "base64", or breaks off, behind byte '
                          f"{end}: was it downloaded whole?")
@@ -752,8 +745,8 @@ def read_dataset(name, factor, amount, args):
 def hold_out(count, fraction, seed):
     """Split the numbers below count -> (training, held out): a share of them drawn by seed, each
     part in order"""
-    rng = random.Random(f"hold out {seed}")
-    chosen = set(rng.sample(range(count), round(fraction * count)))
+    chosen = random.Random(f"hold out {seed}").sample(range(count), round(fraction * count))
+    chosen = set(chosen)
     return [i for i in range(count) if i not in chosen], sorted(chosen)
 
 
@@ -762,23 +755,22 @@ def read_data(args):
     of which a part is held out. InputError if hardly anything is left."""
     if args.eval_datasets and not args.eval_path:
         raise InputError("--eval_datasets are read from --eval_path: name that folder too")
-    sets = read_datasets(args)
+    sets = measured = read_datasets(args)
+    training = None
     if args.eval_path:
         measured = read_datasets(elsewhere(args))
+        held = [range(len(data.records)) for data in measured]
         check_left_out(sets + measured)
-        training = None
-        held_out = [Epoch([data], None, args.seed, "held out") for data in measured]
     else:
+        training, held = zip(*[hold_out(len(data.records), args.eval_fraction,
+                                        f"{args.seed} {data.name}") for data in sets])
         check_left_out(sets)
-        parts = [hold_out(len(data.records), args.eval_fraction, f"{args.seed} {data.name}")
-                 for data in sets]
-        training, held = zip(*parts)
-        held_out = [Epoch([data], [part], args.seed, "held out")
-                    for data, part in zip(sets, held)]
     epochs = [Epoch(sets, training, args.seed, epoch) for epoch in range(args.epochs)]
     if not epochs[0]:
         raise InputError(f"{', '.join(args.datasets)}: no conversation is left to train on")
-    return epochs, [samples for samples in held_out if samples]
+    held_out = [Epoch([data], [part], args.seed, "held out")
+                for data, part in zip(measured, held) if part]
+    return epochs, held_out
 
 
 def elsewhere(args):
@@ -795,7 +787,7 @@ def elsewhere(args):
 def check_left_out(sets):
     """Say which records are left out; InputError if many lack a picture: then a folder is not what
     it should be"""
-    left_out = list(chain(*[data.left_out for data in sets]))
+    left_out = [text for data in sets for text in data.left_out]
     count = len(left_out) + sum(len(data.records) for data in sets)
     if left_out and not int(os.environ.get("RANK", 0)):
         print(printable(f"{len(left_out)} of {count} records are left out: "
@@ -881,49 +873,24 @@ def show(args):
         print(f"---- sample {number}: {len(example.input_ids)} tokens, "
               f"{int((example.labels != -100).sum())} trained")
         print(render(example, tokenizer, sys.stdout.isatty()))
-    if shown:
-        args.out.mkdir(parents=True, exist_ok=True)
-        sheet = args.out / "samples.png"
-        contact_sheet([example.images for example in shown]).save(sheet)
-        print(f"---- pictures: {sheet}\n")
-    print(f"{'':22}conversations   samples    rounds  pictures  tokens of a sample: median, most")
-    for data in sets:
-        count_samples(data, samples.encode, args.seed)
-
-
-def contact_sheet(samples, side=160):
-    """Lists of pictures -> one PIL picture: a row for each sample"""
-    columns = max(1, *map(len, samples))
-    sheet = Image.new("RGB", (side * columns, side * len(samples)), "white")
-    for row, images in enumerate(samples):
-        for column, image in enumerate(images):
+    sheet = Image.new("RGB", (160 * args.max_images, 160 * args.show), "white")
+    for row, example in enumerate(shown):
+        for column, image in enumerate(example.images):
             # the place of one that cannot be read stays white
             with suppress(InputError):
-                small = ImageOps.contain(load_image(image), (side - 4, side - 4))
-                sheet.paste(small, (side * column, side * row))
-    return sheet
-
-
-def count_samples(data, tokenize, seed):
-    """Print a data set's line, and what is left out of it and why"""
-    samples = Epoch([data], None, seed, 0)
-    rows = []
-    for conversation in samples:
-        example = tokenize(conversation)
-        pictures = len(pictures_of(conversation))
-        rows.append((len(conversation), pictures, example.left_out, len(example.input_ids)))
-    rounds, pictures, beyond, lengths = np.array(rows or [(0, 0, 0, 0)]).T
-    print(f"{data.name:22}{len(data.records):13,}{len(samples):10,}{rounds.sum():10,}"
-          f"{pictures.sum():10,}{np.median(lengths):10,.0f}{lengths.max():8,}")
-    reasons = defaultdict(list)
-    for text in data.left_out:
-        record, _, why = text.rpartition(": ")
-        reasons[why].append(record)
-    for why, records in reasons.items():
-        some = ", ".join(records[:3] + ["..."] * (len(records) > 3))
-        print(printable(f"    {len(records):,} left out, {why}: {some}"))
-    if beyond.any():
-        print(f"    {beyond.sum():,} rounds left out by --max_length or --max_images")
+                small = ImageOps.contain(load_image(image), (156, 156))
+                sheet.paste(small, (160 * column, 160 * row))
+    args.out.mkdir(parents=True, exist_ok=True)
+    sheet.save(args.out / "samples.png")
+    print(f"---- pictures, a row for each sample: {args.out / 'samples.png'}\n")
+    print(f"{'':22}conversations   samples  tokens of a sample: median, most")
+    for data in sets:
+        every = Epoch([data], None, args.seed, 0)
+        lengths = [len(samples.encode(conversation).input_ids) for conversation in every]
+        print(f"{data.name:22}{len(data.records):13,}{len(every):10,}"
+              f"{np.median(lengths or [0]):10,.0f}{max(lengths, default=0):8,}")
+        if data.left_out:
+            print(printable(f"    {len(data.left_out):,} left out: {'; '.join(data.left_out[:3])}"))
 
 
 def main():
