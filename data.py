@@ -223,7 +223,7 @@ class Epoch:
         return conversation
 
 
-class Samples(torch.utils.data.Dataset):
+class Samples:
     """Conversations -> Example with its pixels, in a DataLoader's workers. For one with a picture
     that cannot be read, which is named on stderr, the next one stands in."""
 
@@ -309,6 +309,8 @@ class Tokenizer:
         self.file = file
         self.bos = self.model.bos_id()
         self.eos = self.model.eos_id()
+        # list of ids -> text
+        self.decode = self.model.decode
 
     def __len__(self):
         return self.model.vocab_size()
@@ -316,10 +318,6 @@ class Tokenizer:
     def encode(self, text):
         """text -> list of ids; `<s>`, `</s>` and `<image>` in it are ordinary characters"""
         return self.model.encode(whole(text))
-
-    def decode(self, ids):
-        """list of ids -> text"""
-        return self.model.decode(ids)
 
 
 def whole(text):
@@ -411,8 +409,7 @@ def each(content, file, make, left_out):
                 texts([turn.question, turn.answer])
             yield rounds
         except LeftOut as why:
-            name = key if isinstance(key, str) else f"{file.stem}[{key}]"
-            left_out.append(f"{name}: {why}")
+            left_out.append(f"{key if isinstance(key, str) else f'{file.stem}[{key}]'}: {why}")
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"{file}[{key!r}] has a wrong or missing field: {error}") from error
 
@@ -580,19 +577,19 @@ def with_names(rounds, rng):
     """IMAGE#14 becomes the name of a picture, as "image a" or "the first image" """
     unused = iter(rng.choice(STYLES).split(", "))
     names = {}
+
+    def named(text):
+        # a mention is a whole id: in IMAGE#1417 there is no IMAGE#14
+        text = re.sub("IMAGE#([0-9A-Za-z_]+)", lambda found: names.get(found[1], found[0]), text)
+        # a name may now stand where a sentence begins
+        return re.sub(r"(^|[.?!][ \n])\w", lambda found: found[0].upper(), text)
+
     conversation = []
     for turn in rounds:
         # in a text only those have a name that have been shown
         for image in turn.images:
             names.setdefault(Path(image).stem, next(unused))
-        said = []
-        for text in (turn.question, turn.answer):
-            # a mention is a whole id: in IMAGE#1417 there is no IMAGE#14
-            text = re.sub("IMAGE#([0-9A-Za-z_]+)",
-                          lambda found: names.get(found[1], found[0]), text)
-            # a name may now stand where a sentence begins
-            said.append(re.sub(r"(^|[.?!][ \n])\w", lambda found: found[0].upper(), text))
-        conversation.append(Turn(*said, turn.images))
+        conversation.append(Turn(named(turn.question), named(turn.answer), turn.images))
     return conversation
 
 
@@ -637,27 +634,26 @@ CLOSING = re.compile(rb"}\s*+")
 def picture_index(file, out):
     """Where the pictures of a JSON object {id: base64} lie: {id: (file, offset, length)}.
 
-    A file of tens of GB is read through once: the result is kept beside it, or in `out` where its
-    folder cannot be written."""
+    A file of tens of GB is read through once for each `out`, where the result is kept. InputError
+    if it breaks off."""
     version = file.stat().st_mtime_ns
-    place = file.with_name(f"{file.name}.index")
-    if not os.access(file.parent, os.W_OK):
-        place = out / place.name
+    place = out / f"{file.name}.index"
     kept = read_json(place) if place.exists() else {}
     if kept.get("version") != version:
-        kept = {"version": version, "pictures": look_through(file)}
+        kept = {"version": version, "places": look_through(file)}
         out.mkdir(parents=True, exist_ok=True)
         write_whole(place, json.dumps(kept))
-    return {name: (str(file), *where) for name, where in kept["pictures"].items()}
+    return {name: (str(file), *where) for name, where in kept["places"].items()}
 
 
 def look_through(file):
-    """{id: (offset, length)} of all pictures of a file; InputError if it breaks off"""
+    """{id: (offset, length)} of all pictures of a file"""
     places = {}
     end = 0
     with open(file, "rb") as source:
         # of a map the system holds what there is room for, the process nothing
-        text = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
+        size = file.stat().st_size
+        text = mmap.mmap(source.fileno(), size, access=mmap.ACCESS_READ) if size else b""
     # each entry begins where the one before has ended: none is passed over
     while match := ENTRY.match(text, end):
         places[json.loads(match[1])] = match.start(2), len(match[2])
@@ -755,21 +751,21 @@ def read_data(args):
     of which a part is held out. InputError if hardly anything is left."""
     if args.eval_datasets and not args.eval_path:
         raise InputError("--eval_datasets are read from --eval_path: name that folder too")
-    sets = measured = read_datasets(args)
+    sets = read_datasets(args)
+    measured = []
     training = None
     if args.eval_path:
         measured = read_datasets(elsewhere(args))
         held = [range(len(data.records)) for data in measured]
-        check_left_out(sets + measured)
     else:
         training, held = zip(*[hold_out(len(data.records), args.eval_fraction,
                                         f"{args.seed} {data.name}") for data in sets])
-        check_left_out(sets)
+    check_left_out(sets + measured)
     epochs = [Epoch(sets, training, args.seed, epoch) for epoch in range(args.epochs)]
     if not epochs[0]:
         raise InputError(f"{', '.join(args.datasets)}: no conversation is left to train on")
     held_out = [Epoch([data], [part], args.seed, "held out")
-                for data, part in zip(measured, held) if part]
+                for data, part in zip(measured or sets, held) if part]
     return epochs, held_out
 
 
@@ -810,26 +806,25 @@ def arguments(description):
         parser.add_argument(flag, default=default, help=said, **options)
 
     add("--language_model", None, "LLaMA-2 in Hugging Face layout", type=checkpoint_path,
-        required=True, metavar="DIR")
+        required=True)
     add("--vision_model", None, "CLIP's vision model, or Qwen-VL's alone or in its whole "
-        "checkpoint, in Hugging Face layout", type=checkpoint_path, required=True, metavar="DIR")
+        "checkpoint, in Hugging Face layout", type=checkpoint_path, required=True)
     add("--projection", "linear", "from features to word vectors",
         choices=["linear", "vit", "perceiver"])
     parser.add_argument("--no_class_token", dest="class_token", action="store_false",
                         help="CLIP's patches alone")
-    add("--data_path", Path("data"), "the folder that holds the data sets", type=Path,
-        metavar="DIR")
+    add("--data_path", Path("data"), "the folder that holds the data sets", type=Path)
     add("--datasets", ["llava", "llava_dial"], f"of {', '.join(DATASETS)}, or "
-        "path/to/your_own.json", nargs="+", metavar="NAME")
-    add("--samples", ["all"], "conversations of each set; one value serves all", nargs="+",
-        type=lambda text: text if text == "all" else positive(text), metavar="N|all")
+        "path/to/your_own.json", nargs="+")
+    add("--samples", ["all"], "so many conversations of each set; one value serves all", nargs="+",
+        type=lambda text: text if text == "all" else positive(text))
     add("--concatenate", None, "join 1 to N conversations; one value serves all (default: as in "
-        f"the original, {CONCATENATE}, 1 for others)", nargs="+", type=positive, metavar="N")
+        f"the original, {CONCATENATE}, 1 for others)", nargs="+", type=positive)
     add("--max_length", 4096, "tokens of a sample; rounds beyond are left out whole",
         type=positive)
     add("--max_images", MAX_IMAGES, "pictures of a sample, in the same way", type=positive)
     add("--seed", 1234, "of every random choice", type=int)
-    add("--out", Path("out"), "where the results go", type=Path, metavar="DIR")
+    add("--out", Path("out"), "where the results go", type=Path)
     return parser, add
 
 
@@ -896,7 +891,7 @@ def show(args):
 def main():
     """python data.py --show 3 --datasets ...: what the model sees"""
     parser, add = arguments("Show what the model sees: samples, their pictures, counts.")
-    add("--show", 3, "so many samples", type=positive, metavar="N")
+    add("--show", 3, "so many samples", type=positive)
     # a terminal that lacks a character
     sys.stdout.reconfigure(errors="replace")
     try:
