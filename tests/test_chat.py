@@ -194,7 +194,8 @@ def test_a_saved_conversation_is_one_to_train_on(tmp_path):
     (tmp_path / "talks").mkdir()
     talk.save(tmp_path / "talks/talk.json")
     assert [path.name for path in (tmp_path / "talks").iterdir()] == ["talk.json"]
-    conversation, = (draft(random) for draft in own(tmp_path / "talks/talk.json", None, None))
+    saved, = json.loads((tmp_path / "talks/talk.json").read_text())
+    conversation = own(tmp_path / "talks", 0, saved, {})
     assert [turn.question for turn in conversation] == [r.turn.question for r in talk.rounds]
     assert [[str(Path(path).resolve()) for path in turn.images] for turn in conversation] == [PICTURES[:2], []]
     assert [turn.answer for turn in conversation] == [TOKENIZER.decode(r.ids[len(r.modality):]) for r in talk.rounds]

@@ -60,6 +60,15 @@ def test_the_template_of_the_post():
         "[The colors of the three cats are different.]", "[</s>]"]
 
 
+def test_the_worked_example_of_encode():
+    """What its docstring shows"""
+    example = encode([Turn("Why?", "It is.", ["a.png"])], TOKENIZER, 2)
+    ids, labels, modality = example.input_ids.tolist(), example.labels.tolist(), example.modality.tolist()
+    assert ids[:2] == [1, 341] and ids[29:45] == [466, 447, 13, 13, 38, 38, 38, 287, 280, 447, 480, 470, 0, 0, 447, 13][-16:]
+    assert ids[-5:] == [287, 450, 272, 466, 2] == labels[-5:] and labels[:-5] == [-100] * (len(ids) - 5)
+    assert [n for n, kind in enumerate(modality) if kind == IMAGE] == [41, 42] and encode.__doc__.count("287 450 272 466") == 2
+
+
 def test_labels_are_ids_or_nothing():
     example = encode(CATS, TOKENIZER, 3)
     trained = example.labels != -100
@@ -116,9 +125,9 @@ def options(folder, *names, **others):
 
 
 def drafts(name, folder):
-    """A reader's drafts, and what it left out"""
-    found = list(DATASETS[name](folder, folder / "out"))
-    return [d for d in found if not isinstance(d, str)], [d for d in found if isinstance(d, str)]
+    """The conversations of a data set, each a function of a random.Random, and what is left out"""
+    data, = read_datasets(options(folder, name))
+    return [partial(data.converse, record) for record in data.records], data.left_out
 
 
 def picture_name(image, folder):
@@ -239,7 +248,7 @@ def test_a_field_of_your_own_conversations_that_is_not_known_is_refused(tmp_path
     """Else a picture would be left out without a word"""
     shutil.copy(IMAGES / "palette_p.png", tmp_path)
     (tmp_path / "mine.json").write_text(json.dumps([[], [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d", field: "palette_p.png"}]]))
-    with pytest.raises(InputError, match=rf"mine.json\[1\]: field '{field}' is not known, only answer, images, question"):
+    with pytest.raises(InputError, match=rf"mine.json\[1\] has a wrong or missing field: '{field}' is none of answer, images, question"):
         read_datasets(options(tmp_path, str(tmp_path / "mine.json")))
 
 
@@ -254,16 +263,18 @@ def test_records_of_llava_that_are_not_as_they_should_be(sets):
                record(("human", "<image> What?"), ("gpt", "A cat.")), record(image="e.jpg"), record(pair[0], image="f.jpg"),
                record(*pair, pair[0], image="g.jpg"), record(*pair, ("gpt", "More."), image="h.jpg")]
     (sets / "llava/conversation_58k.json").write_text(json.dumps(records))
+    for letter in "abcdefgh":
+        (sets / f"coco/train2017/{letter}.jpg").touch()
     found, left_out = drafts("llava_dial", sets)
     shown = [[[Path(image).name for image in turn.images] for turn in draft(random.Random(0))] for draft in found]
-    assert shown == [[["a.jpg"]], [[], ["b.jpg"]], [[]], [["g.jpg"]]]
-    turns, marker = "human and gpt do not take turns", "a marker and no picture"
-    assert left_out == [f"conversation_58k.json[{n}]: {why}" for n, why in ((2, turns), (3, turns), (5, marker), (6, turns), (7, turns), (9, turns))]
+    assert shown == [[["a.jpg"]], [[], ["b.jpg"]], [[]], [["g.jpg"]], [["h.jpg"]]]
+    turns, marker, none = "human and gpt do not take turns", "a marker and no picture", "no round"
+    assert left_out == [f"conversation_58k[{n}]: {why}" for n, why in ((2, turns), (3, turns), (5, marker), (6, none), (7, none))]
     assert set(left_out) <= set(drafts("llava_otter_blend", sets)[1])
     (sets / "llava/detail_23k.json").write_text(json.dumps(records[:3]))
     (sets / "llava/complex_reasoning_77k.json").write_text("[]")
     found, left_out = drafts("llava", sets)
-    assert [len(draft(random.Random(0))) for draft in found] == [1, 1] and left_out == [f"detail_23k.json[2]: {turns}"]
+    assert [len(draft(random.Random(0))) for draft in found] == [1, 1] and left_out == [f"detail_23k[2]: {turns}"]
 
 
 def break_json(file, change):
@@ -272,38 +283,68 @@ def break_json(file, change):
     file.write_text(json.dumps(content))
 
 
-def test_what_is_missing_or_broken_is_named(sets):
-    def said(name, **others):
-        with pytest.raises(InputError) as error:
-            read_datasets(options(sets, name, **others))
-        return str(error.value)
+def refused(sets, name, **others):
+    with pytest.raises(InputError) as error:
+        read_datasets(options(sets, name, **others))
+    return str(error.value)
 
-    assert "'lava' is not known; the known ones are llava, llava_dial" in said("lava")
-    assert "--samples has 2 values for 1 data sets" in said("llava", samples=[1, 2])
-    assert "nowhere.json cannot be read: No such file" in said(str(sets / "nowhere.json"))
-    break_json(sets / "OCR_VQA/dataset.json", lambda c: c["0590012347"].update(questions="why"))
-    assert "dataset.json['0590012347']['questions']: 'why' is no list" in said("ocr_vqa")
-    llava, mimic = sets / "llava/detail_23k.json", sets / "MIMIC-IT/SD_instructions.json"
-    break_json(llava, lambda c: c[2]["conversations"][1].pop("value"))
-    assert "detail_23k.json[2]['conversations'][1] has no 'value'" in said("llava")
-    break_json(llava, lambda c: c.__setitem__(1, 7))
-    assert "detail_23k.json[1]: '7' is no dict" in said("llava")
-    break_json(llava, lambda c: c[1:] and c.__setitem__(slice(None), [{"image": None, "conversations": []}]))
-    assert "[0]['image']: 'None' is no str" in said("llava")
+
+def test_what_is_missing_is_named(sets):
+    assert "'lava' is not known; the known ones are llava, llava_dial" in refused(sets, "lava")
+    assert "--samples has 2 values for 1 data sets" in refused(sets, "llava", samples=[1, 2])
+    assert "nowhere.json cannot be read: No such file" in refused(sets, str(sets / "nowhere.json"))
+    llava = sets / "llava/detail_23k.json"
     llava.write_text("[1, 2")
-    assert "not valid JSON" in said("llava") and "line 1 column" in said("llava")
+    assert "not valid JSON" in refused(sets, "llava") and "line 1 column" in refused(sets, "llava")
     llava.unlink()
-    assert "detail_23k.json is missing: liuhaotian/LLaVA-Instruct-150K on Hugging Face has it" in said("llava_otter_blend")
-    break_json(mimic, lambda c: c["data"]["SD_INS_00002"].update(image_ids=["x", 3]))
-    assert "['data']['SD_INS_00002']['image_ids'][1]: '3' is no str" in said("otter_mimicit_sd")
-    break_json(sets / "aokvqa/annotations/aokvqa_v1p0_train.json", lambda c: c[1].update(correct_choice_idx=4))
-    assert "aokvqa_v1p0_train.json[1]: correct_choice_idx is none of the choices" in said("aokvqa")
+    assert "detail_23k.json is missing: liuhaotian/LLaVA-Instruct-150K on Hugging Face has it" in refused(sets, "llava_otter_blend")
     for name, folder in (("minigpt4", "cc_sbu_align/image"), ("ocr_vqa", "OCR_VQA/images"), ("coco_caption", "coco/2014"),
                          ("sparkles_dialogue", "SparklesDialogueVG/images"), ("otter_mimicit_cgd", "coco/train2017")):
         shutil.rmtree(sets / folder)
-        assert f"{folder} is missing: " in said(name) and "has them" in said(name)
+        assert f"{folder} is missing: " in refused(sets, name) and "has it" in refused(sets, name)
     (sets / "MIMIC-IT/TVC.json").unlink()
-    assert "TVC.json is missing: pufanyi/MIMICIT" in said("otter_mimicit_tvc")
+    assert "TVC.json is missing: pufanyi/MIMICIT" in refused(sets, "otter_mimicit_tvc")
+
+
+LLAVA, OCR, SD = "llava/detail_23k.json", "OCR_VQA/dataset.json", "MIMIC-IT/SD_instructions.json"
+CGD, SPARKLES = "MIMIC-IT/CGD_instructions.json", "SparklesDialogueVG/annotations/SparklesDialogueVG.json"
+AOKVQA, COCO, MINIGPT4 = "aokvqa/annotations/aokvqa_v1p0_train.json", "coco_caption/dataset.json", "cc_sbu_align/filter_cap.json"
+
+
+@pytest.mark.parametrize("name, file, change, said", [
+    ("llava", LLAVA, lambda c: c[2]["conversations"][1].pop("value"), "[2] has a wrong or missing field: 'value'"),
+    ("llava", LLAVA, lambda c: c.__setitem__(1, 7), "[1] has a wrong or missing field: 'int' object is not"),
+    ("llava_dial", "llava/conversation_58k.json", lambda c: c[1]["conversations"][1].update(value=5), "[1] has a wrong or missing field: ["),
+    ("llava_otter_blend", LLAVA, lambda c: c[0]["conversations"][0].update(value=None), "[0] has a wrong"),
+    ("llava_otter_blend", CGD, lambda c: c["data"]["CGD_INS_000000"].pop("image_ids"), "['CGD_INS_000000'] has a wrong or missing field: 'image_ids'"),
+    ("otter_mimicit_cgd", CGD, lambda c: c["data"]["CGD_INS_000000"].update(rel_ins_ids="CGD_INS_000001"), "['CGD_INS_000000'] has a wrong or missing field: 'CGD_INS_000001' should be"),
+    ("otter_mimicit_cgd", CGD, lambda c: c.pop("data"), "['meta'] has a wrong or missing field: 'image_ids'"),
+    ("otter_mimicit_sd", SD, lambda c: c["data"]["SD_INS_00002"].update(image_ids=["x", 3]), "['SD_INS_00002'] has a wrong or missing field: ['x', 3]"),
+    ("otter_mimicit_sd", SD, lambda c: c["data"]["SD_INS_00001"].update(answer=None), "['SD_INS_00000'] has a wrong or missing field: ["),
+    ("sparkles_dialogue", SPARKLES, lambda c: c[0]["dialogue"][0].pop("role"), "[0] has a wrong or missing field: 'role'"),
+    ("sparkles_dialogue", SPARKLES, lambda c: c[0]["dialogue"][0].update(images="14"), "[0] has a wrong or missing field: string indices"),
+    ("minigpt4", MINIGPT4, lambda c: c["annotations"][3].update(caption=7), "[3] has a wrong or missing field: ["),
+    ("coco_caption", COCO, lambda c: c["images"][0]["sentences"][4].update(raw=5), "[0] has a wrong or missing field: ["),
+    ("ocr_vqa", OCR, lambda c: c["0590012347"].update(questions="why"), "['0590012347'] has a wrong or missing field: 'why' should be"),
+    ("ocr_vqa", OCR, lambda c: c["0590012347"].update(imageURL=None), "['0590012347'] has a wrong or missing field: "),
+    ("aokvqa", AOKVQA, lambda c: c[1].update(correct_choice_idx=4), "[1] has a wrong or missing field: list index out of range"),
+    ("aokvqa", AOKVQA, lambda c: c[0].update(question=None), "[0] has a wrong or missing field: "),
+    ("mine.json", "mine.json", lambda c: c[0][0].update(images="a.jpg"), "[0] has a wrong or missing field: 'a.jpg' should be"),
+    ("mine.json", "mine.json", lambda c: c[1][0].update(answer=3), "[1] has a wrong or missing field: ['why?', 3] should be"),
+    ("mine.json", "mine.json", lambda c: c[1][0].pop("answer"), "[1] has a wrong or missing field: 'answer'"),
+    ("mine.json", "mine.json", lambda c: c.append(None), "[2] has a wrong or missing field: ")])
+def test_a_record_that_is_not_as_it_should_be_is_named(sets, name, file, change, said):
+    """File, record and field, before any model is opened"""
+    (sets / "mine.json").write_text(json.dumps([[{"question": "why?", "answer": "so."}]] * 2))
+    break_json(sets / file, change)
+    assert f"{sets / file}{said}" in refused(sets, str(sets / name) if name == "mine.json" else name)
+
+
+def test_null_stands_for_no_picture(sets):
+    (sets / "mine.json").write_text(json.dumps([[{"question": "why?", "answer": "so.", "images": None}]]))
+    break_json(sets / "llava/conversation_58k.json", lambda c: c[0].update(image=None) or c[0]["conversations"][0].update(value="Why?"))
+    for name in (str(sets / "mine.json"), "llava_dial"):
+        assert not any(turn.images for turn in drafts(name, sets)[0][0](random))
 
 
 @pytest.mark.parametrize("broken", ["", "[]", '{"a": "aGk="', '{"a": "aGk=",, "b": "aGk="}', '{"a": ["x"]}', '{"a": "aGk=", "b',
@@ -311,18 +352,17 @@ def test_what_is_missing_or_broken_is_named(sets):
                                     '{"a": "aGk="}' + " " * 10_000 + "x"])
 def test_a_broken_picture_file_is_named(sets, broken):
     (sets / "MIMIC-IT/SD.json").write_text(broken)
-    with pytest.raises(InputError, match="SD.json (is no JSON object|breaks off)"):
-        list(DATASETS["otter_mimicit_sd"](sets, sets / "out"))
+    assert f"{sets}/MIMIC-IT/SD.json is {'no JSON object' if broken else 'empty'}" in refused(sets, "otter_mimicit_sd")
     assert not list(sets.rglob("*.index"))
 
 
 def test_the_index_of_a_picture_file_is_made_once(sets, monkeypatch):
-    """Kept beside the file, made anew when it changes, below --out where the folder cannot be written"""
-    file, index = sets / "MIMIC-IT/SD.json", sets / "MIMIC-IT/SD.json.index"
+    """Kept below --out, made anew when the file changes"""
+    file, index = sets / "MIMIC-IT/SD.json", sets / "out/SD.json.index"
     first, _ = drafts("otter_mimicit_sd", sets)
     written = index.stat().st_mtime_ns
     with monkeypatch.context() as patch:
-        patch.setattr("data.np.flatnonzero", None)  # the file is not looked through again
+        patch.setattr("data.look_through", None)  # the file is not looked through again
         drafts("otter_mimicit_sd", sets)
     pictures = json.loads(file.read_text())
     file.write_text(json.dumps(dict(reversed(pictures.items()))).replace("/", "\\/"))
@@ -332,16 +372,10 @@ def test_the_index_of_a_picture_file_is_made_once(sets, monkeypatch):
     (file.parent / "x").write_bytes(base64.b64decode(pictures["SD_IMG_00000_1"]))
     same = load_image(again[0](random.Random(0))[0].images[0])
     assert same.tobytes() == load_image(file.parent / "x").tobytes(), "also where / is written as \\/"
-    file.write_text(json.dumps({"large": "A" * (1 << 24), **pictures}))  # more than is read at once, and no bar counts it
-    monkeypatch.setattr("data.tqdm", partial(tqdm, disable=True))
+    file.write_text(json.dumps({"large": "A" * (1 << 24), **pictures}, indent=1))
     again, _ = drafts("otter_mimicit_sd", sets)
     assert load_image(again[0](random.Random(0))[0].images[0]).tobytes() == same.tobytes()
-    index.unlink()
-    replaced = Path.replace
-    monkeypatch.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(OSError(30, "Read-only file system"))
-                        if sets / "out" not in target.parents else replaced(self, target))
-    drafts("otter_mimicit_sd", sets)
-    assert not index.exists() and (sets / "out/SD.json.index").exists()
+    assert [path.name for path in (sets / "out").iterdir()] == [index.name] and not (sets / "MIMIC-IT/SD.json.index").exists()
 
 
 def test_concatenation_uses_each_conversation_once_in_groups_of_equal_chance():
@@ -356,12 +390,12 @@ def test_concatenation_uses_each_conversation_once_in_groups_of_equal_chance():
 def test_epochs_differ_and_repeat_by_seed(sets):
     """Every choice depends on seed, epoch and index alone; each conversation is used once an epoch"""
     parts = [read_datasets(options(sets, name))[0] for name in DATASETS]
-    whole = [range(len(data.drafts)) for data in parts]
+    whole = [range(len(data.records)) for data in parts]
     first, again, second = (list(Epoch(parts, whole, 7, epoch)) for epoch in (0, 0, 1))
     assert first == again != second
     for name in DATASETS:
         n = list(DATASETS).index(name)
-        used = [i for epoch in (0, 1) for group in map(pickle.loads, pieces_of(Epoch(parts, whole, 7, epoch).groups)) for m, i in group if m == n]
+        used = [i for epoch in (0, 1) for group in Epoch(parts, whole, 7, epoch).groups for m, i in group if m == n]
         assert sorted(used) == sorted([*whole[n], *whole[n]])
     alone = Epoch(parts[1:2], [[3]], 7, 0)[0]
     assert any(alone == first[i][k:k + len(alone)] for i in range(len(first)) for k in range(len(first[i]))), "whatever stands beside it"
@@ -371,11 +405,7 @@ def test_epochs_differ_and_repeat_by_seed(sets):
     assert len(held_out) == 6 and sorted(training + held_out) == list(range(30)) and hold_out(30, 0.2, 8)[1] != held_out
     few = read_datasets(options(sets, "llava", samples=[3]))[0]
     others = read_datasets(options(sets, "llava", samples=[3], seed=8))[0]
-    assert len(few.drafts) == 3 and pieces_of(few.drafts) != pieces_of(others.drafts)
-
-
-def pieces_of(packed):
-    return [packed.block[a:b] for a, b in zip(packed.ends, packed.ends[1:])]
+    assert len(few.records) == 3 and list(few.records) != list(others.records)
 
 
 def test_a_batch_pads_at_the_right_and_holds_each_picture_once():
@@ -402,22 +432,23 @@ def test_show_prints_what_the_model_sees(sets):
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     shown = done.stdout.split("---- ")
-    assert [part.split(":")[0] for part in shown[1:-1]] == [f"sample {n}" for n in range(1, 14)]
+    assert [part.split(":")[0] for part in shown[1::2]] == [f"sample {n}" for n in range(1, 14)]
+    assert all(part.startswith(f"pictures: ['{sets}/") for part in shown[2::2])
     assert "\n### Image 1:<image 1: 17 tokens>\n### Question: Is[2Jit </s>? \n### Answer:[A single red disc" in done.stdout
     assert "image 2:<image 2: 17 tokens>".lower() in done.stdout.lower() and "\x1b" not in done.stdout
     counts = shown[-1].split("\n\n")[1].splitlines()
-    assert counts[1].split()[:5] == ["llava", "8", "8", "8", "8"] and counts[3].split()[:5] == ["sparkles_dialogue", "5", "5", "10", "17"]
-    assert counts[2].strip() == f"1 left out, no such picture: {sets}/coco/train2017/000000268831.jpg"
-    assert "2 left out, a picture file is missing: SparklesDialogueCC[3], SparklesDialogueVG[1]" in done.stdout
-    with Image.open(sets / "out/samples.png") as sheet:
-        assert sheet.height == 13 * 176 and sheet.width >= 2 * 160
+    assert counts[1].split()[:3] == ["llava", "8", "8"] and counts[3].split()[:3] == ["sparkles_dialogue", "5", "5"]
+    lengths = sorted(int(part.split(":")[1].split()[0]) for part in shown[1:-1:2] if "### Question: Is[2Jit" not in part)
+    assert int(counts[1].split()[-1]) in lengths and int(counts[3].split()[-1]) == lengths[-1]
+    assert counts[2].strip() == f"1 left out: {sets}/coco/train2017/000000268831.jpg: no such picture"
+    assert counts[4].strip().startswith("5 left out: SparklesDialogueCC[2]: odd number of messages; SparklesDialogueCC[3]: a picture file is missing; ")
     done = subprocess.run([*map(str, command), sets / "mine.json"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "1 left out, no such picture: " in done.stdout and "\x1b" not in done.stdout, done.stderr
+    assert done.returncode == 0 and "1 left out: " in done.stdout and "\x1b" not in done.stdout, done.stderr
     shutil.copy(FIXTURES / "tokenizer.model", sets)
     (sets / "config.json").write_text('{"max_position_embeddings": 128}')
     done = subprocess.run([*map(str, command), "--language_model", sets], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.startswith("--max_length 4096 is more than the language model's positions: 128 is taken\n"), done.stderr
-    assert "rounds left out by --max_length or --max_images" in done.stdout
+    assert done.stdout.count("### Answer") < shown[-1].count("zzz") + 40
     done = subprocess.run([*map(str, command), "lava", "--out", sets / "llava/detail_23k.json"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     done = subprocess.run([*map(str, command), "lava"], cwd=ROOT, capture_output=True, text=True)
@@ -435,6 +466,6 @@ def test_show_on_a_terminal_that_lacks_a_character(tmp_path):
 
 def test_a_record_without_a_question_or_a_caption_is_left_out(sets):
     break_json(sets / "OCR_VQA/dataset.json", lambda c: c["0590012347"].update(questions=[]))
-    assert drafts("ocr_vqa", sets)[1][0] == "0590012347: no question"
+    assert drafts("ocr_vqa", sets)[1][0] == "0590012347: no round"
     break_json(sets / "coco_caption/dataset.json", lambda c: c["images"][0].update(sentences=[]))
-    assert drafts("coco_caption", sets)[1] == ["COCO_train2014_000000391895.jpg: no caption"]
+    assert drafts("coco_caption", sets)[1] == ["dataset[0]: no round"]

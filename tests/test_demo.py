@@ -136,10 +136,10 @@ def test_the_readers_of_the_real_data_sets_read_it(drawn):
     names = [*NAMES, f"{drawn}/train/three.json"]
     args = argparse.Namespace(datasets=names, concatenate=None, samples=["all"], seed=0, data_path=drawn / "train", out=drawn)
     sets = read_datasets(args)
-    assert [len(data.drafts) for data in sets] == [8, 4, 32, 2, 2, 32]
+    assert [len(data.records) for data in sets] == [8, 4, 32, 2, 2, 32]
     for data in sets:
         assert len(data.left_out) == (240 if "blend" in data.name else 0), "LLaVA's are about the first two pairs"
-        for turns in Epoch([data], [range(len(data.drafts))], 0, 0):
+        for turns in Epoch([data], [range(len(data.records))], 0, 0):
             assert 1 <= sum(len(turn.images) for turn in turns) <= 8
             assert len(turns) == 8 or "cgd" not in data.name and "three" not in data.name
             assert all(turn.question and turn.answer.endswith(".") and "IMAGE#" not in turn.question + turn.answer for turn in turns)

@@ -495,7 +495,7 @@ def test_records_that_are_left_out_are_named(folder):
     flags = ["--datasets", "llava_dial", "--batch_size", "4", "--micro_batch_size", "4", "--max_steps", "1", "--eval_fraction", "0"]
     (folder / "llava/conversation_58k.json").write_text(json.dumps(bad + 3 * records))
     run(folder, *flags)
-    named = "; ".join(f"conversation_58k.json[{n}]: human and gpt do not take turns" for n in range(3))
+    named = "; ".join(f"conversation_58k[{n}]: no round" for n in range(3))
     assert f"\n4 of 43 records are left out: {named}\n" in (folder / "run.out").read_text()
     (folder / "llava/conversation_58k.json").write_text(json.dumps(bad))
     assert "llava_dial: no conversation is left to train on" in run(folder, *flags, "--overwrite", fails=True)
@@ -572,7 +572,7 @@ def test_all_data_sets_on_two_processes_with_two_workers(folder):
     tokenizer, data = Tokenizer(FIXTURES / "tokenizer.model"), read_datasets(args)
     steps = []
     for epoch in (0, 1):
-        samples = [encode(c, tokenizer, 17, max_length=4096, max_images=8) for c in Epoch(data, [range(len(d.drafts)) for d in data], 5, epoch)]
+        samples = [encode(c, tokenizer, 17, max_length=4096, max_images=8) for c in Epoch(data, [range(len(d.records)) for d in data], 5, epoch)]
         for first in range(0, len(samples), 8):
             part = samples[first:first + 8]
             steps.append((sum(len(e.input_ids) for e in part), sum(int((e.labels != -100).sum()) for e in part)))
