@@ -4,19 +4,17 @@ import base64
 import collections
 import json
 import os
-import pickle
 import random
 import shutil
 import subprocess
 import sys
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import FIXTURES, ROOT
-from PIL import Image
-from tqdm import tqdm
 
 from data import (DATASETS, DESCRIBE, REASON, Epoch, Samples, Tokenizer, Turn, collate, concatenate, encode, hold_out,
                   read_datasets)
@@ -63,10 +61,9 @@ def test_the_template_of_the_post():
 def test_the_worked_example_of_encode():
     """What its docstring shows"""
     example = encode([Turn("Why?", "It is.", ["a.png"])], TOKENIZER, 2)
-    ids, labels, modality = example.input_ids.tolist(), example.labels.tolist(), example.modality.tolist()
-    assert ids[:2] == [1, 341] and ids[29:45] == [466, 447, 13, 13, 38, 38, 38, 287, 280, 447, 480, 470, 0, 0, 447, 13][-16:]
-    assert ids[-5:] == [287, 450, 272, 466, 2] == labels[-5:] and labels[:-5] == [-100] * (len(ids) - 5)
-    assert [n for n, kind in enumerate(modality) if kind == IMAGE] == [41, 42] and encode.__doc__.count("287 450 272 466") == 2
+    assert " ".join(map(str, example.input_ids.tolist())).endswith(
+        " 480 470 0 0 447 13 38 38 38 447 84 462 322 450 451 368 470 338 468 474 447 13 38 38 38 282 453 455 464 354 470 287 450 272 466 2")
+    assert example.labels.tolist() == [-100] * (len(example.labels) - 5) + [287, 450, 272, 466, 2] and encode.__doc__.count("287 450 272 466") == 2
 
 
 def test_labels_are_ids_or_nothing():
@@ -236,7 +233,7 @@ def test_blended_samples_hold_to_the_rule(sets):
 def test_your_own_conversations(tmp_path):
     shutil.copytree(IMAGES, tmp_path / "pictures")
     (tmp_path / "mine.json").write_text(json.dumps([
-        [{"images": ["pictures/palette_p.png"], "question": "a", "answer": "b"}, {"question": "c <image>", "answer": "d"}],
+        [{"images": ["pictures/palette_p.png"], "question": "a", "answer": "b"}, {"question": "c <image>", "answer": "d", "images": None}],
         [{"images": ["pictures/alpha_rgba.png", "gone.png"], "question": "e", "answer": "f"}]]))
     (mine,) = read_datasets(options(tmp_path, str(tmp_path / "mine.json")))
     assert list(Epoch([mine], [[0]], 0, 0)) == [[Turn("a", "b", [f"{tmp_path}/pictures/palette_p.png"]), Turn("c <image>", "d")]]
@@ -259,7 +256,7 @@ def test_records_of_llava_that_are_not_as_they_should_be(sets):
 
     pair = ("human", "What?"), ("gpt", "A cat.")
     records = [record(*pair, image="a.jpg"), record(*pair, ("human", "And <image>?"), ("gpt", "A dog."), image="b.jpg"),
-               record(("gpt", "Hello."), *pair, image="c.jpg"), record(("system", "Be good."), *pair, image="d.jpg"), record(*pair),
+               record(("gpt", "Hello."), *pair, image="c.jpg"), record(("system", "Be good."), *pair, image="d.jpg"), record(*pair, image=None),
                record(("human", "<image> What?"), ("gpt", "A cat.")), record(image="e.jpg"), record(pair[0], image="f.jpg"),
                record(*pair, pair[0], image="g.jpg"), record(*pair, ("gpt", "More."), image="h.jpg")]
     (sets / "llava/conversation_58k.json").write_text(json.dumps(records))
@@ -306,45 +303,36 @@ def test_what_is_missing_is_named(sets):
     assert "TVC.json is missing: pufanyi/MIMICIT" in refused(sets, "otter_mimicit_tvc")
 
 
-LLAVA, OCR, SD = "llava/detail_23k.json", "OCR_VQA/dataset.json", "MIMIC-IT/SD_instructions.json"
-CGD, SPARKLES = "MIMIC-IT/CGD_instructions.json", "SparklesDialogueVG/annotations/SparklesDialogueVG.json"
-AOKVQA, COCO, MINIGPT4 = "aokvqa/annotations/aokvqa_v1p0_train.json", "coco_caption/dataset.json", "cc_sbu_align/filter_cap.json"
-
-
-@pytest.mark.parametrize("name, file, change, said", [
-    ("llava", LLAVA, lambda c: c[2]["conversations"][1].pop("value"), "[2] has a wrong or missing field: 'value'"),
-    ("llava", LLAVA, lambda c: c.__setitem__(1, 7), "[1] has a wrong or missing field: 'int' object is not"),
-    ("llava_dial", "llava/conversation_58k.json", lambda c: c[1]["conversations"][1].update(value=5), "[1] has a wrong or missing field: ["),
-    ("llava_otter_blend", LLAVA, lambda c: c[0]["conversations"][0].update(value=None), "[0] has a wrong"),
-    ("llava_otter_blend", CGD, lambda c: c["data"]["CGD_INS_000000"].pop("image_ids"), "['CGD_INS_000000'] has a wrong or missing field: 'image_ids'"),
-    ("otter_mimicit_cgd", CGD, lambda c: c["data"]["CGD_INS_000000"].update(rel_ins_ids="CGD_INS_000001"), "['CGD_INS_000000'] has a wrong or missing field: 'CGD_INS_000001' should be"),
-    ("otter_mimicit_cgd", CGD, lambda c: c.pop("data"), "['meta'] has a wrong or missing field: 'image_ids'"),
-    ("otter_mimicit_sd", SD, lambda c: c["data"]["SD_INS_00002"].update(image_ids=["x", 3]), "['SD_INS_00002'] has a wrong or missing field: ['x', 3]"),
-    ("otter_mimicit_sd", SD, lambda c: c["data"]["SD_INS_00001"].update(answer=None), "['SD_INS_00000'] has a wrong or missing field: ["),
-    ("sparkles_dialogue", SPARKLES, lambda c: c[0]["dialogue"][0].pop("role"), "[0] has a wrong or missing field: 'role'"),
-    ("sparkles_dialogue", SPARKLES, lambda c: c[0]["dialogue"][0].update(images="14"), "[0] has a wrong or missing field: string indices"),
-    ("minigpt4", MINIGPT4, lambda c: c["annotations"][3].update(caption=7), "[3] has a wrong or missing field: ["),
-    ("coco_caption", COCO, lambda c: c["images"][0]["sentences"][4].update(raw=5), "[0] has a wrong or missing field: ["),
-    ("ocr_vqa", OCR, lambda c: c["0590012347"].update(questions="why"), "['0590012347'] has a wrong or missing field: 'why' should be"),
-    ("ocr_vqa", OCR, lambda c: c["0590012347"].update(imageURL=None), "['0590012347'] has a wrong or missing field: "),
-    ("aokvqa", AOKVQA, lambda c: c[1].update(correct_choice_idx=4), "[1] has a wrong or missing field: list index out of range"),
-    ("aokvqa", AOKVQA, lambda c: c[0].update(question=None), "[0] has a wrong or missing field: "),
-    ("mine.json", "mine.json", lambda c: c[0][0].update(images="a.jpg"), "[0] has a wrong or missing field: 'a.jpg' should be"),
-    ("mine.json", "mine.json", lambda c: c[1][0].update(answer=3), "[1] has a wrong or missing field: ['why?', 3] should be"),
-    ("mine.json", "mine.json", lambda c: c[1][0].pop("answer"), "[1] has a wrong or missing field: 'answer'"),
-    ("mine.json", "mine.json", lambda c: c.append(None), "[2] has a wrong or missing field: ")])
-def test_a_record_that_is_not_as_it_should_be_is_named(sets, name, file, change, said):
-    """File, record and field, before any model is opened"""
+@pytest.mark.parametrize("case", """
+llava               llava/detail_23k.json                  [2,"conversations",1,"value"]  -     [2] 'value'
+llava               llava/detail_23k.json                  [1]                            7     [1] 'int' object is not
+llava_dial          llava/conversation_58k.json            [1,"conversations",1,"value"]  5     [1] [
+llava_otter_blend   MIMIC-IT/CGD_instructions.json         ["data","CGD_INS_000000","image_ids"]    -    ['CGD_INS_000000'] 'image_ids'
+otter_mimicit_cgd   MIMIC-IT/CGD_instructions.json         ["data","CGD_INS_000000","rel_ins_ids"]  "a"  ['CGD_INS_000000'] 'a' should be
+otter_mimicit_cgd   MIMIC-IT/CGD_instructions.json         ["data"]                       -     ['meta'] 'image_ids'
+otter_mimicit_sd    MIMIC-IT/SD_instructions.json          ["data","SD_INS_00002","image_ids"]  ["x",3]  ['SD_INS_00002'] ['x', 3] should
+sparkles_dialogue   SparklesDialogueVG/annotations/SparklesDialogueVG.json  [0,"dialogue",0,"role"]    -  [0] 'role'
+sparkles_dialogue   SparklesDialogueVG/annotations/SparklesDialogueVG.json  [0,"dialogue",0,"images"]  "14"  [0] string indices
+minigpt4            cc_sbu_align/filter_cap.json           ["annotations",3,"caption"]    7     [3] [
+coco_caption        coco_caption/dataset.json              ["images",0,"sentences",4,"raw"]  5  [0] [
+ocr_vqa             OCR_VQA/dataset.json                   ["0590012347","questions"]  "why"    ['0590012347'] 'why' should be
+aokvqa              aokvqa/annotations/aokvqa_v1p0_train.json  [1,"correct_choice_idx"]  4      [1] list index out of range
+aokvqa              aokvqa/annotations/aokvqa_v1p0_train.json  [0,"question"]          null     [0] unsupported operand
+mine.json           mine.json                              [0,0,"images"]           "a.jpg"     [0] 'a.jpg' should be
+mine.json           mine.json                              [1,0,"answer"]              3        [1] ['why?', 3] should be
+mine.json           mine.json                              [1]                         null     [1] 'NoneType' object is not
+""".strip().splitlines())
+def test_a_record_that_is_not_as_it_should_be_is_named(sets, case):
+    """Data set, file, what is taken away or replaced by what in it -> file, record and what is wrong, before any model is opened"""
+    name, file, path, value, said = case.split(maxsplit=4)
     (sets / "mine.json").write_text(json.dumps([[{"question": "why?", "answer": "so."}]] * 2))
-    break_json(sets / file, change)
-    assert f"{sets / file}{said}" in refused(sets, str(sets / name) if name == "mine.json" else name)
-
-
-def test_null_stands_for_no_picture(sets):
-    (sets / "mine.json").write_text(json.dumps([[{"question": "why?", "answer": "so.", "images": None}]]))
-    break_json(sets / "llava/conversation_58k.json", lambda c: c[0].update(image=None) or c[0]["conversations"][0].update(value="Why?"))
-    for name in (str(sets / "mine.json"), "llava_dial"):
-        assert not any(turn.images for turn in drafts(name, sets)[0][0](random))
+    *way, last = json.loads(path)
+    content = json.loads((sets / file).read_text())
+    inner = reduce(getitem, way, content)
+    inner.pop(last) if value == "-" else inner.__setitem__(last, json.loads(value))
+    (sets / file).write_text(json.dumps(content))
+    where, what = said.split(" ", 1)
+    assert f"{sets / file}{where} has a wrong or missing field: {what}" in refused(sets, str(sets / name) if name == file else name)
 
 
 @pytest.mark.parametrize("broken", ["", "[]", '{"a": "aGk="', '{"a": "aGk=",, "b": "aGk="}', '{"a": ["x"]}', '{"a": "aGk=", "b',
@@ -373,8 +361,7 @@ def test_the_index_of_a_picture_file_is_made_once(sets, monkeypatch):
     same = load_image(again[0](random.Random(0))[0].images[0])
     assert same.tobytes() == load_image(file.parent / "x").tobytes(), "also where / is written as \\/"
     file.write_text(json.dumps({"large": "A" * (1 << 24), **pictures}, indent=1))
-    again, _ = drafts("otter_mimicit_sd", sets)
-    assert load_image(again[0](random.Random(0))[0].images[0]).tobytes() == same.tobytes()
+    assert load_image(drafts("otter_mimicit_sd", sets)[0][0](random.Random(0))[0].images[0]).tobytes() == same.tobytes()
     assert [path.name for path in (sets / "out").iterdir()] == [index.name] and not (sets / "MIMIC-IT/SD.json.index").exists()
 
 
@@ -438,8 +425,7 @@ def test_show_prints_what_the_model_sees(sets):
     assert "image 2:<image 2: 17 tokens>".lower() in done.stdout.lower() and "\x1b" not in done.stdout
     counts = shown[-1].split("\n\n")[1].splitlines()
     assert counts[1].split()[:3] == ["llava", "8", "8"] and counts[3].split()[:3] == ["sparkles_dialogue", "5", "5"]
-    lengths = sorted(int(part.split(":")[1].split()[0]) for part in shown[1:-1:2] if "### Question: Is[2Jit" not in part)
-    assert int(counts[1].split()[-1]) in lengths and int(counts[3].split()[-1]) == lengths[-1]
+    assert max(int(part.split()[2]) for part in shown[1::2]) == max(int(counts[n].split()[-1]) for n in (1, 3))
     assert counts[2].strip() == f"1 left out: {sets}/coco/train2017/000000268831.jpg: no such picture"
     assert counts[4].strip().startswith("5 left out: SparklesDialogueCC[2]: odd number of messages; SparklesDialogueCC[3]: a picture file is missing; ")
     done = subprocess.run([*map(str, command), sets / "mine.json"], cwd=ROOT, capture_output=True, text=True)
@@ -448,9 +434,7 @@ def test_show_prints_what_the_model_sees(sets):
     (sets / "config.json").write_text('{"max_position_embeddings": 128}')
     done = subprocess.run([*map(str, command), "--language_model", sets], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.startswith("--max_length 4096 is more than the language model's positions: 128 is taken\n"), done.stderr
-    assert done.stdout.count("### Answer") < shown[-1].count("zzz") + 40
-    done = subprocess.run([*map(str, command), "lava", "--out", sets / "llava/detail_23k.json"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert int(done.stdout.splitlines()[-2].split()[-1]) <= 128
     done = subprocess.run([*map(str, command), "lava"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("data.py: data set 'lava' is not known") and "Traceback" not in done.stderr
 
