@@ -171,7 +171,7 @@ def blend_llava_otter(rounds, pictures, about, rng):
     conversations. At least one conversation of each list, of the last also none, and at least one
     round are drawn by rng, a random.Random. Each picture is shown once, in order: with its first
     conversation, or with the first round. Returns a conversation."""
-    blended = []
+    conversation = []
     unseen = []
     for number, (picture, conversations) in enumerate(zip(pictures, about), 1):
         # were an earlier one left to the rounds, it would be shown behind a later one
@@ -179,11 +179,11 @@ def blend_llava_otter(rounds, pictures, about, rng):
         count = rng.randint(least, len(conversations))
         chosen = rng.sample(conversations, count)
         if chosen:
-            blended += shown_first([picture], chain(*chosen))
+            conversation += shown_first([picture], chain(*chosen))
         else:
             unseen.append(picture)
     count = rng.randint(1, len(rounds))
-    return blended + shown_first(unseen, rng.sample(rounds, count))
+    return conversation + shown_first(unseen, rng.sample(rounds, count))
 
 
 def pictures_of(conversation):
@@ -664,7 +664,8 @@ def look_through(file):
         text = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
     # each entry begins where the one before has ended: none is passed over
     while match := ENTRY.match(text, end):
-        places[json.loads(match[1])] = match.start(2), len(match[2])
+        start, stop = match.span(2)
+        places[json.loads(match[1])] = start, stop - start
         end = match.end()
     if not CLOSING.fullmatch(text, end):
         raise InputError(f'{file} is no JSON object of "id": "base64", or breaks off, behind byte '
