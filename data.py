@@ -403,13 +403,16 @@ def each(content, file, make, left_out):
     """Yield make(key, record, rest) of the records in a list or an object: its rounds. rest: the
     records not read yet, from which it may take some away. "id: why" is appended to left_out for
     one that is left out; InputError names one that is not as it should be."""
+    # one form for both: a list's records are named by their index
     rest = content if isinstance(content, dict) else dict(enumerate(content))
     for key in list(rest):
+        # one that a group has taken by now
         if key not in rest:
             continue
         try:
             rounds = make(key, rest.pop(key), rest)
             if not rounds:
+                # nothing to train, and no round to show pictures in
                 raise LeftOut("no round")
             for turn in rounds:
                 # a number would be noticed hours later, when its turn comes to be encoded
@@ -614,6 +617,8 @@ def own(folder, key, talk, rest):
     return rounds
 
 
+# name -> (what makes the rounds of a record, what draws a conversation of them). A new data set is
+# a row here, one in FILES for each file, and mostly one function
 DATASETS = {
     # the nine of the post
     "llava": (llava, first_round),
