@@ -33,7 +33,7 @@ from urllib.parse import unquote
 
 import torch
 import torch.nn as nn
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from data import Tokenizer, Turn, encode, printable
@@ -389,32 +389,32 @@ class Chat:
 
 
 def look_sheet(looked, config):
-    """What `Chat.look` gives -> one PIL picture: the pictures side by side, the more orange the more was looked there.
+    """What `Chat.look` gives -> one PIL picture: side by side what the model sees of each (`fit`), the
+    more orange the more was looked there.
 
-    One scale for all of them: no orange where the smallest weight is, seven tenths of it where the largest is. The
-    class token's weight belongs to no place. What `preprocess` cuts off at the sides keeps its colours."""
+    One scale for all of them: no orange where the smallest weight is, seven tenths of it where the
+    largest is. The class token's weight belongs to no place."""
     side = int(len(looked[0][2]) ** 0.5)
-    weights = torch.stack([part[-side * side:] for *_, part in looked])                      # (N, side * side)
-    heat = (weights - weights.min()) / (weights.max() - weights.min()).clamp(min=1e-9)       # (N, side * side), 0 to 1
-    heat = (0.7 * 255 * heat).byte().view(-1, side, side).numpy()                            # (N, side, side)
+    weights = torch.stack([part[-side * side:] for *_, part in looked])     # (N, side side)
+    span = weights.max() - weights.min()
+    heat = (weights - weights.min()) / span.clamp(min=1e-9)                 # (N, side side), 0 to 1
+    heat = (0.7 * 255 * heat).byte().view(-1, side, side).numpy()           # (N, side, side)
 
-    panels = []
-    for (_, path, _), opacity in zip(looked, heat):
-        picture, fitted, kept = fit(load_image(path), config)
-        picture = ImageOps.contain(picture, (3 * HEIGHT, HEIGHT), Image.Resampling.BICUBIC)
-        width, height = (round(part * whole / full) for part, whole, full in zip(kept, picture.size, fitted))
-        left, top = (picture.width - width) // 2, (picture.height - height) // 2
-        mask = Image.fromarray(opacity).resize((width, height), Image.Resampling.BICUBIC)
-        picture.paste(ORANGE, (left, top, left + width, top + height), mask)
-        panels.append(picture)
-
-    sheet = Image.new("RGB", (sum(panel.width + 8 for panel in panels), HEIGHT + 40), "white")
-    draw, left = ImageDraw.Draw(sheet), 4
-    for panel, (n, _, weights) in zip(panels, looked):
-        sheet.paste(panel, (left, (HEIGHT - panel.height) // 2))
-        caption = f"image {n}: {weights.sum():.0%}"
-        draw.text((left + panel.width // 2, HEIGHT + 20), caption, "black", font_size=24, anchor="mm")
-        left += panel.width + 8
+    sheet = Image.new("RGB", (len(looked) * (HEIGHT + 8), HEIGHT + 40), "white")
+    draw = ImageDraw.Draw(sheet)
+    left = 4
+    for (n, path, part), opacity in zip(looked, heat):
+        picture = fit(load_image(path), config).resize((HEIGHT, HEIGHT))
+        mask = Image.fromarray(opacity).resize((HEIGHT, HEIGHT), Image.Resampling.BICUBIC)
+        picture.paste(ORANGE, mask=mask)
+        sheet.paste(picture, (left, 0))
+        draw.text(
+            (left + HEIGHT // 2, HEIGHT + 20),
+            f"image {n}: {part.sum():.0%}",
+            "black",
+            font_size=24,
+            anchor="mm")
+        left += HEIGHT + 8
     return sheet
 
 

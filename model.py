@@ -230,8 +230,7 @@ class Perceiver(Resampler):
     and Linear."""
 
     def __init__(self, vision, D):
-        super().__init__(
-            vision.hidden_size, D, eps=1e-12, kv_proj=nn.Linear(vision.hidden_size, D))
+        super().__init__(vision.hidden_size, D, eps=1e-12, bias=True)
         self.projection = nn.Sequential(
             nn.LayerNorm(D, eps=1e-12),
             nn.Linear(D, D))
@@ -911,7 +910,7 @@ def write_configs(model, folder, tokenizer, bases):
         if name not in own}
     tower = {"model_type": "clip_vision_model", **sizes}
     if isinstance(vision, QwenConfig):
-        tower = {"visual": sizes}
+        tower = {"visual": vision.visual}
     preprocessing = {"image_processor_type": "CLIPImageProcessor", **model.preprocessing}
 
     (folder / "language_model").mkdir(parents=True)

@@ -95,6 +95,10 @@ def write_vision_model(args, folder):
         if (args.vision_model / name).exists():
             shutil.copyfile(args.vision_model / name, folder / name)
     model = make_vit(sizes)
+    if not isinstance(sizes, QwenConfig):
+        # torch's 1 would drown the patches, whose numbers are small
+        model.embeddings.class_embedding.data.mul_(0.02)
+        model.embeddings.position_embedding.weight.data.mul_(0.02)
     # the names of published files: CLIP's tower is a part of a larger model there
     prefix = "" if isinstance(sizes, QwenConfig) else "vision_model."
     save_weights(plain_weights(model, prefix), folder / "model.safetensors")

@@ -50,12 +50,12 @@ from mmca import IMAGE, PAD, TEXT, attend, attend_explicit, attention_matrix, ma
 import model as model_file  # noqa: E402
 from model import (Llama, LlamaConfig, VisualChat, make_vit, plain_weights, read_llama_config, save_weights,  # noqa: E402
                    vit_sizes, write_json)
-from vision import CLIP_PREPROCESSING, InputError, QwenConfig, ViT, ViTConfig, positive, read_vit_config  # noqa: E402
+from vision import InputError, QwenConfig, ViT, ViTConfig, positive, read_preprocessing, read_vit_config  # noqa: E402
 
 LANGUAGE = {"7b": LlamaConfig(4096, 11008, 32, 32, 32, 128, 32000),
             "13b": LlamaConfig(5120, 13824, 40, 40, 40, 128, 32000),
             "70b": LlamaConfig(8192, 28672, 80, 64, 8, 128, 32000)}
-VISION = {"clip-l": ViTConfig(1024, 4096, 24, 16, 224, 14), "qwen-vl": QwenConfig(1664, 48, 16, 448, 14, 4.9231, 4096)}
+VISION = {"clip-l": ViTConfig(1024, 4096, 24, 16, 224, 14), "qwen-vl": QwenConfig(4096, 8192, 48, 16, 448, 14, "gelu", class_token=False, width=1664)}
 
 
 def medians(functions, rounds, wait=lambda: None):
@@ -138,7 +138,7 @@ def bench_data(args):
             files.append(f"{folder}/{n}.jpg")
             Path(files[-1]).write_bytes(photograph(n))
         samples = Samples([[Turn("What is to be seen?", "A picture of many colours.", [file])] for file in files],
-                          Tokenizer(fixtures / "tokenizer.model"), 257, {"size": 224, "crop_size": 224, **CLIP_PREPROCESSING}, 4096, 8)
+                          Tokenizer(fixtures / "tokenizer.model"), 257, read_preprocessing("nowhere", 224), 4096, 8)
 
         def pillow():
             for file in files:
@@ -227,7 +227,8 @@ def bench_qwen(args):
             torch.save({name: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02) for name, shape in shapes}, f"{folder}/{file}")
             index.update({name: file for name, _ in shapes})
         Path(folder, "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
-        Path(folder, "config.json").write_text(json.dumps({"visual": asdict(VISION["qwen-vl"])}))
+        sizes = {"width": 1664, "layers": 48, "heads": 16, "image_size": 448, "patch_size": 14, "mlp_ratio": 4.9231, "output_dim": 4096}
+        Path(folder, "config.json").write_text(json.dumps({"visual": sizes}))
         weights = sum(2 * shape.numel() for shapes in names.values() for _, shape in shapes)
         print(f"\nQwen-VL's encoder in ten .bin shards, {weights / 1e9:.2f} GB of bfloat16")
         for dtype in ("bfloat16", "float16"):
@@ -329,7 +330,7 @@ def chat_model(device="cpu"):
     with torch.device(device):
         model = VisualChat(ViT(tower), Llama(small if cpu else LANGUAGE["7b"])).eval()
     model.language_model.lm_head.weight.data[2] = 0  # never `</s>`: all answers are of one length
-    model.preprocessing = {"size": 224, "crop_size": 224, **CLIP_PREPROCESSING}
+    model.preprocessing = read_preprocessing("nowhere", 224)
     return model, Words(model.language_model.config.vocab_size)
 
 

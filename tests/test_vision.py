@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import struct
-import zlib
 from contextlib import suppress
 
 import numpy as np
@@ -19,19 +18,23 @@ from safetensors.torch import load_file, save_file
 
 import model as model_file
 from model import LlamaConfig, fill, load_vit, make_projection, make_vit
-from vision import InputError, QwenConfig, ViTConfig, fixed_positions, load_image, preprocess, read_preprocessing, read_vit_config
+from vision import InputError, QwenConfig, ViTConfig, fit, fixed_positions, load_image, preprocess, read_preprocessing, read_vit_config
 
 CASES = FIXTURES / "cases"
 CLIP, QWEN, PROJECTIONS = FIXTURES / "tiny-clip", FIXTURES / "tiny-qwen-visual", FIXTURES / "tiny-projections"
 
 
 @pytest.mark.parametrize("name", ["landscape_rgb.png", "portrait_gray.jpg", "alpha_rgba.png", "palette_p.png"])
-def test_pixels_are_those_of_transformers(name):
+def test_pixels_are_those_of_transformers(name, tmp_path):
     expected = load_file(CLIP / "expected.safetensors")[f"pixel_values.{name.split('.')[0]}"]
     pixels = preprocess(load_image(CLIP / "images" / name), read_preprocessing(CLIP, 56))
     torch.testing.assert_close(pixels, expected, atol=1e-4, rtol=0)
-    old_spelling = read_preprocessing(CLIP, 56) | {"size": 56, "crop_size": 56}
-    assert torch.equal(pixels, preprocess(load_image(CLIP / "images" / name), old_spelling))
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads((CLIP / "preprocessor_config.json").read_text()) | {"size": 56, "crop_size": 56}))  # the old spelling
+    assert read_preprocessing(tmp_path, 56) == read_preprocessing(CLIP, 56)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"size": {"height": 70, "width": 56}}))
+    squashed = fit(load_image(CLIP / "images" / name), read_preprocessing(tmp_path, 56))
+    assert squashed.tobytes() == load_image(CLIP / "images" / name).resize((56, 70), Image.Resampling.BICUBIC).crop((0, 7, 56, 63)).tobytes()
 
 
 def test_features_are_those_of_transformers():
@@ -134,45 +137,18 @@ def test_long_text_and_profiles_beside_the_pixels(tmp_path):
         assert load_image(tmp_path / name).getpixel((0, 0)) == (255, 255, 255)
 
 
-def png(width, height, bits, colour, pixels, clear):
-    """The bytes of a PNG with a transparent colour, which Pillow doesn't write"""
-    rows = b"".join(b"\0" + pixels[i:i + len(pixels) // height] for i in range(0, len(pixels), len(pixels) // height))
-    parts = ((b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)), (b"tRNS", clear), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts)
-
-
-def test_pixels_of_16_and_32_bits_are_as_a_viewer_shows_them(tmp_path):
-    def seen(pixels, name):
-        if isinstance(pixels, bytes):
-            (tmp_path / name).write_bytes(pixels)
-        else:
-            Image.fromarray(pixels).save(tmp_path / name)
-        return np.asarray(load_image(tmp_path / name))
-
-    for name, grey in (("gray16-trns.png", 255), ("f01.tif", 127), ("i32.tif", 200)):
-        assert (np.asarray(load_image(CASES / "modes" / name)) == grey).all(), name
-    assert seen(png(2, 1, 16, 0, struct.pack(">2H", 1000, 60000), struct.pack(">H", 1000)), "grey.png")[0].tolist() == [[255] * 3, [233] * 3]
-    colours = struct.pack(">6H", 1000, 2000, 3000, 60000, 700, 0)
-    assert seen(png(2, 1, 16, 2, colours, colours[:6]), "colour.png")[0].tolist() == [[255] * 3, [234, 2, 0]]
+def test_pixels_of_16_bits_are_as_a_viewer_shows_them_and_those_of_32_are_refused(tmp_path):
     ramp = np.arange(256).reshape(16, 16)
-    for pixels, name in ((ramp.astype(np.float32) / 255, "one.tif"), (ramp.astype(np.float32), "byte.tif"), (ramp.astype(np.int32), "int.tif"),
-                         ((ramp * 257).astype(np.uint16), "short.png"), ((ramp * 257).astype(np.uint16), "short.tif"),
-                         ((ramp * 257).astype(np.uint16), "short.pgm"), ((ramp * 257).astype(np.int32), "word.tif"),
-                         ((ramp * 257).astype(np.uint16), "short.jp2"), (ramp.astype(np.float32) / 255, "one.pfm")):
-        assert abs(seen(pixels, name)[..., 0].astype(int) - ramp).max() <= (1 if pixels.dtype == np.float32 else 0), name
-    assert abs(seen((ramp / 255 * 1.04 - 0.02).astype(np.float32), "overshoot.tif")[..., 0].astype(int) - ramp).max() <= 6
-    assert seen(np.array([[0, 65535, 1 << 20]], np.int32), "large.tif")[0, :, 0].tolist() == [0, 15, 255]
-    broken = np.array([[0, 1, np.nan, np.inf, -1, -np.inf]], np.float32)
-    assert seen(broken, "nan.tif")[0, :, 0].tolist() == [0, 255, 0, 255, 0, 0]
+    for name in ("short.png", "short.tif", "short.jp2"):
+        Image.fromarray((ramp * 257).astype(np.uint16)).save(tmp_path / name)
+        assert (np.asarray(load_image(tmp_path / name))[..., 0] == ramp).all(), name
+    for name in ("f01.tif", "i32.tif"):
+        with pytest.raises(InputError, match=f"{name} cannot be read: it has 32 bits a pixel.* save it with 8 or 16"):
+            load_image(CASES / "modes" / name)
 
 
 def test_pictures_of_a_hundred_megapixels(tmp_path, recwarn):
-    """A JPEG is decoded at a part of its size; what Pillow refuses is refused"""
-    big = Image.new("L", (12_000, 9_000), 90)
-    big.paste(200, (0, 0, 6_000, 9_000))
-    big.save(tmp_path / "phone.jpg")
-    small = load_image(tmp_path / "phone.jpg")
-    assert small.size == (3_000, 2_250) and small.getpixel((1_000, 1_000))[0] == 200 and small.getpixel((2_000, 1_000))[0] == 90
+    """What Pillow warns of is read; what it refuses is refused"""
     Image.new("1", (12_000, 7_700), 1).save(tmp_path / "scan.png")
     assert load_image(tmp_path / "scan.png").size == (12_000, 7_700) and not recwarn
     Image.new("1", (18_000, 10_000)).save(tmp_path / "bomb.png")
@@ -180,23 +156,23 @@ def test_pictures_of_a_hundred_megapixels(tmp_path, recwarn):
         load_image(tmp_path / "bomb.png")
 
 
-def test_a_picture_as_long_as_a_thread_is_made_a_square(tmp_path):
-    pixels = np.zeros((60_000, 1, 3), np.uint8)
-    pixels[29_990:30_010] = 255
-    Image.fromarray(pixels).save(tmp_path / "thread.png")
-    made = preprocess(load_image(tmp_path / "thread.png"), read_preprocessing(CLIP, 56))
-    white = preprocess(Image.new("RGB", (56, 56), "white"), read_preprocessing(CLIP, 56))
-    torch.testing.assert_close(made, white)
+def test_a_picture_as_long_as_a_thread_is_refused(tmp_path):
+    Image.new("RGB", (60_000, 120)).save(tmp_path / "long.png")
+    assert fit(load_image(tmp_path / "long.png"), read_preprocessing(CLIP, 56)).size == (56, 56)
+    Image.new("RGB", (60_000, 119)).save(tmp_path / "thread.png")
+    with pytest.raises(InputError, match="thread.png cannot be read: it is more than 500 times as long as wide"):
+        load_image(tmp_path / "thread.png")
 
 
 ROUNDS = int(os.environ.get("ROUNDS", 400))  # 4000 takes a quarter of a minute
 
 
 def judged(data, file, count, expect=lambda pixels: pixels):
-    """Nothing but InputError comes out, and no picture is refused that Pillow gives"""
+    """Nothing but InputError comes out, and no picture is refused that Pillow gives but those of 32 bits and threads"""
     file.write_bytes(data)
     try:
-        good = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        picture = Image.open(io.BytesIO(data))
+        good = np.asarray(picture.convert("RGB")) if picture.mode not in "IF" and max(picture.size) <= 500 * min(picture.size) else None
     except Exception:
         good = None
     try:
@@ -268,17 +244,13 @@ def test_steps_of_preprocessing_that_are_not_computed_are_refused(tmp_path, name
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | {name: STEPS[name]}))
     with pytest.raises(InputError, match=rf"preprocessor_config.json: {name} = .* is not supported, only "):
         read_preprocessing(tmp_path, 56)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | {name: None, "do_flip": False, "crop_size": None}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | {name: None, "crop_size": None}))
     picture = load_image(CLIP / "images/landscape_rgb.png")
     assert torch.equal(preprocess(picture, read_preprocessing(tmp_path, 56)), preprocess(picture, read_preprocessing(CLIP, 56)))
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | {"image_mean": 0.5}))
-    with pytest.raises(InputError, match="preprocessor_config.json cannot be used"):
-        read_preprocessing(tmp_path, 56)
 
 
 @pytest.mark.parametrize("config", [{"model_type": "clip", "vision_config": {"dropout": 0.0, "model_type": "clip_vision_model"}, "projection_dim": 512},
-                                    {"model_type": "clip_vision_model"}, {"model_type": "clip", "vision_config": {"hidden_size": None}},
-                                    {"model_type": "clip", "vision_config": {}, "vision_config_dict": {"patch_size": 32}}])
+                                    {"model_type": "clip_vision_model"}, {"model_type": "clip", "vision_config": {"hidden_size": None}}])
 def test_what_transformers_leaves_out_of_a_configuration_is_that_of_clip_b32(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config))
     read = ViTConfig.read(tmp_path)
@@ -293,14 +265,12 @@ def test_what_is_no_clip_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"broken": ')
     with pytest.raises(InputError, match="not valid JSON: .*line 1 column 12"):
         ViTConfig.read(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "clip", "vision_config": {"layer_norm_eps": "tiny"}}')
-    with pytest.raises(InputError, match="layer_norm_eps is 'tiny', not a positive float"):
-        ViTConfig.read(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"size": 64, "crop_size": 64}')
-    with pytest.raises(InputError, match=r"makes pictures of \(3, 64, 64\), the vision model takes \(3, 56, 56\)"):
+    with pytest.raises(InputError, match=r"makes pictures of 64, the vision model takes 56 x 56"):
         read_preprocessing(tmp_path, 56)
-    with pytest.raises(InputError, match=r"takes pictures \(3, 56, 56\), not \(3, 64, 64\)"):
-        load_vit(CLIP)(torch.zeros(1, 3, 64, 64))
+    for S in (42, 70):
+        with pytest.raises(RuntimeError, match="must match the size"):
+            load_vit(CLIP)(torch.zeros(1, 3, S, S))
 
 
 # ---- Qwen-VL's encoder ---------------------------------------------------------------------------------------------
@@ -373,7 +343,7 @@ def test_a_published_qwen_checkpoint_of_bin_shards(tmp_path):
 
 def multi_head(attention, in_proj_weight, in_proj_bias, queries, keys, values):
     """torch's own multi-head attention with these weights"""
-    judge = torch.nn.MultiheadAttention(queries.shape[-1], attention.heads, batch_first=True)
+    judge = torch.nn.MultiheadAttention(queries.shape[-1], getattr(attention, "heads", None) or attention.num_heads, batch_first=True)
     judge.load_state_dict({"in_proj_weight": in_proj_weight, "in_proj_bias": in_proj_bias,
                            "out_proj.weight": attention.out_proj.weight, "out_proj.bias": attention.out_proj.bias})
     return judge(queries, keys, values, need_weights=False)[0]
@@ -383,7 +353,7 @@ def multi_head(attention, in_proj_weight, in_proj_bias, queries, keys, values):
 @pytest.mark.parametrize("width, heads, grid, output, queries", [(64, 4, 8, 384, 16), (48, 2, 20, 256, 36), (128, 8, 16, 128, 256)])
 def test_qwen_with_several_heads_and_other_grids(width, heads, grid, output, queries):
     """Against torch's MultiheadAttention and interpolate: resized tables, several resampler heads, no kv_proj"""
-    config = QwenConfig(width, 2, heads, grid * 7, 7, 2.3, output, queries)
+    config = QwenConfig(output, int(2.3 * width), 2, heads, grid * 7, 7, width=width, n_queries=queries)
     torch.manual_seed(0)
     tower, pixels = make_vit(config).eval(), torch.randn(2, 3, grid * 7, grid * 7)
     for parameter in tower.parameters():
@@ -406,7 +376,7 @@ def test_qwen_with_several_heads_and_other_grids(width, heads, grid, output, que
         x = x + multi_head(block.attn, block.attn.in_proj.weight[order], block.attn.in_proj.bias[order], normed, normed, normed)
         x = x + block.mlp.c_proj(F.gelu(block.mlp.c_fc(norm(block.ln_2, x))))
     pool = tower.attn_pool
-    assert pool.attn.heads == output // 128 and (width != output or "attn_pool.kv_proj.weight" not in dict(tower.named_parameters()))
+    assert pool.attn.num_heads == output // 128 and (width != output or "attn_pool.kv_proj.weight" not in dict(tower.named_parameters()))
     values = norm(pool.ln_kv, x @ pool.kv_proj.weight.T if width != output else x)
     asking = (norm(pool.ln_q, pool.query) + pool.pos_embed).expand(2, -1, -1)
     x = multi_head(pool.attn, pool.attn.in_proj_weight, pool.attn.in_proj_bias, asking, values + resized(pool.pos_embed, grid), values)
@@ -427,16 +397,12 @@ def test_what_kind_of_tower_a_folder_holds(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"mlp_ratio": "2"}, "mlp_ratio is '2'"), ({"heads": 5}, "width 32 is no multiple of 5 heads"), ({"layers": 0}, "layers is 0"),
-    ({"width": None}, "width missing"), ({"output_dim": 96}, "resampler of width 96"), ({"n_queries": 15}, "with 15 queries")])
+    ({"width": None}, "is not that of Qwen-VL's picture encoder: 'width' missing"), ({"output_dim": 96}, "resampler of width 96")])
 def test_a_qwen_configuration_that_cannot_be_is_refused(tmp_path, change, message):
     config = json.loads((QWEN / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({"visual": config["visual"] | change}))
     with pytest.raises(InputError, match=message):
         make_vit(read_vit_config(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps({"visual": {"width": 32}}))
-    with pytest.raises(InputError, match="is not that of Qwen-VL's picture encoder: layers, heads, image_size"):
-        read_vit_config(tmp_path)
 
 
 @pytest.mark.parametrize("folder, layer", [(CLIP, 0), (CLIP, -4), (QWEN, -2)])
