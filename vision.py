@@ -182,7 +182,7 @@ class QwenAttention(nn.Module):
     def forward(self, x):
         """x (N, P, Dv) -> (N, P, Dv)"""
         # query, key and value of head 0, then those of head 1, ...
-        qkv = self.in_proj(x).unflatten(2, (self.heads, 3, -1))         # (N, P, H, 3, d)
+        qkv = self.in_proj(x).unflatten(2, (self.heads, 3, -1))             # (N, P, H, 3, d)
         q, k, v = qkv.transpose(1, 2).unbind(3)                             # (N, H, P, d) each
         out = F.scaled_dot_product_attention(q, k, v)                       # (N, H, P, d)
         return self.out_proj(out.transpose(1, 2).flatten(2))                # (N, P, Dv)
@@ -216,9 +216,9 @@ class Resampler(nn.Module):
 
     def __init__(self, width, D, queries=256, eps=1e-6, bias=False):
         super().__init__()
-        if D < 128:
-            raise InputError(f"a resampler of width {D} cannot be made: each head has 128, so the "
-                             "language model's width must be at least 128")
+        if D < 128 or D % (D // 128):
+            raise InputError(f"a resampler of width {D} cannot be made: the width is at least 128 "
+                             "and a multiple of its width // 128 heads")
         self.query = nn.Parameter(nn.init.trunc_normal_(torch.empty(queries, D), std=0.02))
         # a fixed table; a parameter since the published files hold it
         places = fixed_positions(math.isqrt(queries), D)                    # (n, D)
@@ -319,9 +319,9 @@ class ViTConfig:
 
 @dataclass
 class QwenConfig(ViTConfig):
-    """Sizes of Qwen-VL's picture encoder, under the names of CLIP's: hidden_size is that of the
-    features, width that of the blocks. n_queries is not in published files: it is the number of
-    rows of attn_pool.query."""
+    """Sizes of Qwen-VL's picture encoder, under the names of CLIP's, translated as they are read:
+    hidden_size is that of the features, width that of the blocks. n_queries is not in published
+    files: it is the number of rows of attn_pool.query."""
     width: int = 1664
     n_queries: int = 256
     visual: dict | None = None  # what it was read from, for the config.json of a checkpoint
@@ -405,9 +405,9 @@ def fixed_positions(side, D):
     angles = np.arange(side)[:, None] / 10000 ** (np.arange(D // 4) / (D // 4))     # (side, D / 4)
     line = np.concatenate([np.sin(angles), np.cos(angles)], 1)              # (side, D / 2)
     line = torch.from_numpy(line).float()                                   # (side, D / 2)
-    columns = line.repeat(side, 1)                                          # (side side, D / 2)
-    rows = line.repeat_interleave(side, 0)                                  # (side side, D / 2)
-    return torch.cat([columns, rows], 1)                                    # (side side, D)
+    # the place in its row, and the row, of each
+    places = [line.repeat(side, 1), line.repeat_interleave(side, 0)]        # (side side, D / 2)
+    return torch.cat(places, 1)                                             # (side side, D)
 
 
 def resize_positions(table, side):
@@ -479,9 +479,11 @@ def upright_rgb(image):
     if image.mode in ("I", "F"):
         raise InputError("it has 32 bits a pixel, of which nobody says what is white; save it with "
                          "8 or 16")
-    # Pillow would cut off all above 255
+    # Pillow would cut off all above 255, and know no transparent grey
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        pixels = np.array(image)
+        pixels[pixels == image.info.get("transparency")] = 65535
+        image = Image.fromarray((pixels // 257).astype(np.uint8))
     if image.mode != "RGB" or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -500,14 +502,12 @@ CLIP_PREPROCESSING = {
     "image_std": [0.26862954, 0.26130258, 0.27577711]}
 # what `preprocess` does; 3 is bicubic
 STEPS = {
-    "do_convert_rgb": True,
     "do_resize": True,
     "resample": 3,
     "do_center_crop": True,
     "do_rescale": True,
     "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "do_pad": False}
+    "do_normalize": True}
 
 
 def read_preprocessing(folder, image_size):

@@ -142,6 +142,7 @@ def test_pixels_of_16_bits_are_as_a_viewer_shows_them_and_those_of_32_are_refuse
     for name in ("short.png", "short.tif", "short.jp2"):
         Image.fromarray((ramp * 257).astype(np.uint16)).save(tmp_path / name)
         assert (np.asarray(load_image(tmp_path / name))[..., 0] == ramp).all(), name
+    assert (np.asarray(load_image(CASES / "modes/gray16-trns.png")) == 255).all(), "what is transparent is white"
     for name in ("f01.tif", "i32.tif"):
         with pytest.raises(InputError, match=f"{name} cannot be read: it has 32 bits a pixel.* save it with 8 or 16"):
             load_image(CASES / "modes" / name)
@@ -235,7 +236,7 @@ def test_random_bytes_in_every_format_that_pillow_writes(tmp_path):
     assert min(count.values()) > ROUNDS / 5
 
 
-STEPS = {"do_resize": False, "resample": 2, "do_center_crop": False, "do_rescale": False, "rescale_factor": 1 / 127.5, "do_normalize": False, "do_pad": True}
+STEPS = {"do_resize": False, "resample": 2, "do_center_crop": False, "do_rescale": False, "rescale_factor": 1 / 127.5, "do_normalize": False}
 
 
 @pytest.mark.parametrize("name", STEPS)
