@@ -14,7 +14,6 @@ import argparse
 import base64
 import json
 import math
-import warnings
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -34,12 +33,12 @@ from torch.utils.checkpoint import checkpoint
 def preprocess(image, config):
     """PIL RGB -> (3, S, S) float32, exactly as CLIP does: the numbers of what `fit` leaves of the
     picture, with mean 0 and deviation 1. config: what `read_preprocessing` gives."""
-    pixels = torch.from_numpy(np.array(fit(image, config)))                 # (S, S, 3)
-    pixels = pixels.permute(2, 0, 1).contiguous().float()                   # (3, S, S)
-    # over the pictures that CLIP was trained on, from 0 to 1
-    mean = torch.tensor(config["image_mean"])[:, None, None]                # (3, 1, 1)
-    std = torch.tensor(config["image_std"])[:, None, None]                  # (3, 1, 1)
-    return pixels.div_(255).sub_(mean).div_(std)                            # (3, S, S)
+    pixels = torch.from_numpy(np.array(fit(image, config))).float()         # (S, S, 3)
+    # mean and deviation over the pictures that CLIP was trained on, from 0 to 1
+    mean = torch.tensor(config["image_mean"])                               # (3)
+    std = torch.tensor(config["image_std"])                                 # (3)
+    pixels = pixels.div_(255).sub_(mean).div_(std)                          # (S, S, 3)
+    return pixels.permute(2, 0, 1).contiguous()                             # (3, S, S)
 
 
 def fit(image, config):
@@ -76,8 +75,8 @@ class ViTEmbeddings(nn.Module):
 
     def forward(self, pixels):
         """pixels (N, 3, S, S) -> (N, P, Dv), class token first"""
-        patches = self.patch_embedding(pixels)                              # (N, Dv, side, side)
-        patches = patches.flatten(2).transpose(1, 2)                        # (N, P - 1, Dv)
+        # (N, Dv, side, side) -> row by row
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)   # (N, P - 1, Dv)
         first = self.class_embedding.expand(len(patches), 1, -1)            # (N, 1, Dv)
         x = torch.cat([first, patches], 1)                                  # (N, P, Dv)
         # all there are: a picture of another size does not fit
@@ -97,18 +96,21 @@ class ViTAttention(nn.Module):
         self.v_proj = nn.Linear(D, D)
         self.out_proj = nn.Linear(D, D)
 
-    def split(self, x):
-        """x (N, P, Dv) -> the part of each head (N, H, P, d)"""
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)             # (N, H, P, d)
-
     def forward(self, x):
         """x (N, P, Dv) -> (N, P, Dv)"""
-        q = self.split(self.q_proj(x))                                      # (N, H, P, d)
-        k = self.split(self.k_proj(x))                                      # (N, H, P, d)
-        v = self.split(self.v_proj(x))                                      # (N, H, P, d)
-        # no mask: a picture has no before and after
-        out = F.scaled_dot_product_attention(q, k, v)                       # (N, H, P, d)
-        return self.out_proj(out.transpose(1, 2).flatten(2))                # (N, P, Dv)
+        heads = self.heads, -1
+        q = self.q_proj(x).unflatten(2, heads)                              # (N, P, H, d)
+        k = self.k_proj(x).unflatten(2, heads)                              # (N, P, H, d)
+        v = self.v_proj(x).unflatten(2, heads)                              # (N, P, H, d)
+        return self.out_proj(multi_head(q, k, v))                           # (N, P, Dv)
+
+
+def multi_head(q, k, v):
+    """softmax(QK' / sqrt(d)) V of each head: q, k, v (N, P, H, d) -> the heads joined (N, P, Dv)"""
+    # no mask: a picture has no before and after
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))            # (N, H, P, d)
+    return out.transpose(1, 2).flatten(2)                                   # (N, P, Dv)
 
 
 class ViTLayer(nn.Module):
@@ -142,8 +144,8 @@ class ViT(nn.Module):
         self.embeddings = ViTEmbeddings(config)
         # the published spelling
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        layers = nn.ModuleList(ViTLayer(config) for _ in range(config.num_hidden_layers))
-        self.encoder = nn.ModuleDict({"layers": layers})
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(
+            ViTLayer(config) for _ in range(config.num_hidden_layers))})
         # of the class token alone, for CLIP's comparison with a text: no feature passes it, it is
         # kept for who opens a checkpoint with transformers
         self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
@@ -159,8 +161,8 @@ class ViT(nn.Module):
     def blocks(self):
         """The layers that a feature passes"""
         # -1 is the output of the last layer, -2 that of the one before
-        last = self.config.num_hidden_layers + 1 + self.config.feature_layer
-        return self.encoder["layers"][:last]
+        return self.encoder["layers"][
+            :self.config.num_hidden_layers + 1 + self.config.feature_layer]
 
     @property
     def untrained(self):
@@ -183,9 +185,7 @@ class QwenAttention(nn.Module):
         """x (N, P, Dv) -> (N, P, Dv)"""
         # query, key and value of head 0, then those of head 1, ...
         qkv = self.in_proj(x).unflatten(2, (self.heads, 3, -1))             # (N, P, H, 3, d)
-        q, k, v = qkv.transpose(1, 2).unbind(3)                             # (N, H, P, d) each
-        out = F.scaled_dot_product_attention(q, k, v)                       # (N, H, P, d)
-        return self.out_proj(out.transpose(1, 2).flatten(2))                # (N, P, Dv)
+        return self.out_proj(multi_head(*qkv.unbind(3)))                    # (N, P, Dv)
 
 
 class QwenBlock(nn.Module):
@@ -221,13 +221,10 @@ class Resampler(nn.Module):
                              "and a multiple of its width // 128 heads")
         self.query = nn.Parameter(nn.init.trunc_normal_(torch.empty(queries, D), std=0.02))
         # a fixed table; a parameter since the published files hold it
-        places = fixed_positions(math.isqrt(queries), D)                    # (n, D)
-        self.pos_embed = nn.Parameter(torch.empty(queries, D).copy_(places))
+        self.pos_embed = nn.Parameter(torch.empty(queries, D))
+        self.pos_embed.data.copy_(fixed_positions(math.isqrt(queries), D))
         self.attn = nn.MultiheadAttention(D, D // 128, batch_first=True)
         self.kv_proj = nn.Linear(width, D, bias)
-        # Qwen-VL's has none where the widths are the same
-        if width == D and not bias:
-            self.kv_proj = nn.Identity()
         self.ln_q = nn.LayerNorm(D, eps)
         self.ln_kv = nn.LayerNorm(D, eps)
 
@@ -236,8 +233,8 @@ class Resampler(nn.Module):
         values = self.ln_kv(self.kv_proj(x))                                # (N, P, D)
         # positions are added to what is compared, not to what is taken
         keys = values + resize_positions(self.pos_embed, math.isqrt(x.shape[1]))    # (N, P, D)
-        queries = self.ln_q(self.query) + self.pos_embed                    # (n, D)
-        queries = queries.expand(len(x), -1, -1)                            # (N, n, D)
+        queries = (self.ln_q(self.query) + self.pos_embed).expand(
+            len(x), -1, -1)                                                 # (N, n, D)
         return self.attn(queries, keys, values, need_weights=False)[0]      # (N, n, D)
 
     @property
@@ -259,8 +256,8 @@ class QwenViT(nn.Module):
         # of 16 x 16 patches, whatever the size of the picture
         self.positional_embedding = nn.Parameter(torch.randn(256, D) * 0.02)
         self.ln_pre = nn.LayerNorm(D, eps=1e-6)
-        blocks = nn.ModuleList(QwenBlock(config) for _ in range(config.num_hidden_layers))
-        self.transformer = nn.ModuleDict({"resblocks": blocks})
+        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(
+            QwenBlock(config) for _ in range(config.num_hidden_layers))})
         self.attn_pool = Resampler(D, config.hidden_size, config.n_queries)
         self.ln_post = nn.LayerNorm(config.hidden_size, eps=1e-6)
 
@@ -304,18 +301,6 @@ class ViTConfig:
         """P: how many positions an image takes"""
         return (self.image_size // self.patch_size) ** 2 + self.class_token
 
-    @classmethod
-    def read(cls, folder):
-        """From the config.json of a CLIPVisionModel or, under vision_config, of a whole
-        CLIPModel."""
-        file = Path(folder) / "config.json"
-        whole = read_config(file)
-        section = read_section(whole, "vision_config") or whole
-        kind = section.get("model_type", whole.get("model_type"))
-        if kind not in ("clip", "clip_vision_model"):
-            raise InputError(f"{file} is not that of a CLIP vision model: model_type is {kind!r}")
-        return make_config(cls, "a CLIP vision model", file, section)
-
 
 @dataclass
 class QwenConfig(ViTConfig):
@@ -331,43 +316,47 @@ class QwenConfig(ViTConfig):
         """P: how many positions an image takes"""
         return self.n_queries
 
-    @classmethod
-    def read(cls, folder):
-        """From the section `visual` of the config.json of a Qwen-VL checkpoint"""
-        file = Path(folder) / "config.json"
-        visual = read_section(read_json(file), "visual")
-        try:
-            return cls(
-                hidden_size=visual["output_dim"],
-                intermediate_size=int(visual["mlp_ratio"] * visual["width"]),
-                num_hidden_layers=visual["layers"],
-                num_attention_heads=visual["heads"],
-                image_size=visual["image_size"],
-                patch_size=visual["patch_size"],
-                hidden_act="gelu",
-                class_token=False,
-                width=visual["width"],
-                visual=visual)
-        except KeyError as error:
-            raise InputError(f"{file} is not that of Qwen-VL's picture encoder: {error} missing in "
-                             "its section visual") from error
-
 
 def read_vit_config(folder, feature_layer=-1, class_token=True):
-    """QwenConfig if the config.json of a folder has a section `visual`, else ViTConfig with these
-    features"""
-    if "visual" in read_json(Path(folder) / "config.json"):
-        config = QwenConfig.read(folder)
+    """From a folder's config.json: QwenConfig if it has a section `visual`, else ViTConfig with
+    these features, of a CLIPVisionModel or, under vision_config, of a whole CLIPModel"""
+    file = Path(folder) / "config.json"
+    whole = read_config(file)
+    section = read_section(whole, "vision_config") or whole
+    if "visual" in whole:
+        config = qwen_config(read_section(whole, "visual"), file)
         layers = 1
-    else:
-        config = ViTConfig.read(folder)
+    elif section.get("model_type", whole.get("model_type")) in ("clip", "clip_vision_model"):
+        config = make_config(ViTConfig, "a CLIP vision model", file, section)
         config.feature_layer = feature_layer
         config.class_token = class_token
         layers = config.num_hidden_layers
+    else:
+        raise InputError(f"{file} is not that of a CLIP vision model: its model_type is neither "
+                         "clip nor clip_vision_model")
     if not -layers <= feature_layer <= -1:
         raise InputError(f"feature layer {feature_layer}: {folder} gives the features of its "
                          f"layers -{layers} to -1, counted from the last")
     return config
+
+
+def qwen_config(visual, file):
+    """The section `visual` of the config.json of a Qwen-VL checkpoint, translated"""
+    try:
+        return QwenConfig(
+            hidden_size=visual["output_dim"],
+            intermediate_size=int(visual["mlp_ratio"] * visual["width"]),
+            num_hidden_layers=visual["layers"],
+            num_attention_heads=visual["heads"],
+            image_size=visual["image_size"],
+            patch_size=visual["patch_size"],
+            hidden_act="gelu",
+            class_token=False,
+            width=visual["width"],
+            visual=visual)
+    except KeyError as error:
+        raise InputError(f"{file} is not that of Qwen-VL's picture encoder: {error} missing in its "
+                         "section visual") from error
 
 
 def make_config(kind, what, file, section):
@@ -406,8 +395,8 @@ def fixed_positions(side, D):
     line = np.concatenate([np.sin(angles), np.cos(angles)], 1)              # (side, D / 2)
     line = torch.from_numpy(line).float()                                   # (side, D / 2)
     # the place in its row, and the row, of each
-    places = [line.repeat(side, 1), line.repeat_interleave(side, 0)]        # (side side, D / 2)
-    return torch.cat(places, 1)                                             # (side side, D)
+    return torch.cat(
+        [line.repeat(side, 1), line.repeat_interleave(side, 0)], 1)         # (side side, D)
 
 
 def resize_positions(table, side):
@@ -417,11 +406,7 @@ def resize_positions(table, side):
     if old == side:
         return table
     square = table.float().T.unflatten(1, (old, old))                       # (D, old, old)
-    square = F.interpolate(
-        square[None],
-        (side, side),
-        mode="bicubic",
-        align_corners=False)[0]                                             # (D, side, side)
+    square = F.interpolate(square[None], (side, side), mode="bicubic")[0]   # (D, side, side)
     return square.flatten(1).T.to(table.dtype)                              # (side side, D)
 
 
@@ -449,7 +434,7 @@ def load_image(path):
     has 32 bits a pixel, of which nobody says what is white."""
     try:
         source = embedded(*path) if isinstance(path, tuple) else path
-        with warnings.catch_warnings(action="ignore"), Image.open(source) as image:
+        with Image.open(source) as image:
             # with a shorter side of S pixels all of a thread would take gigabytes
             if max(image.size) > 500 * min(image.size):
                 raise InputError("it is more than 500 times as long as wide; cut out what matters")
@@ -479,15 +464,13 @@ def upright_rgb(image):
     if image.mode in ("I", "F"):
         raise InputError("it has 32 bits a pixel, of which nobody says what is white; save it with "
                          "8 or 16")
-    # Pillow would cut off all above 255, and know no transparent grey
+    # Pillow would cut off all above 255
     if image.mode.startswith("I;16"):
-        pixels = np.array(image)
-        pixels[pixels == image.info.get("transparency")] = 65535
-        image = Image.fromarray((pixels // 257).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if image.mode != "RGB" or "transparency" in image.info:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image).convert("RGB")
+        image = Image.alpha_composite(
+            Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if turn in range(2, 9):
         # this alone: the rest would be written back, and fail where it is odd
         image.info = {}
@@ -515,11 +498,11 @@ def read_preprocessing(folder, image_size):
     where there is none. `size` is {"shortest_edge": 224} or {"height": 224, "width": 224}, and
     `crop_size` the latter, also where the file says 224, as old ones do."""
     file = Path(folder) / "preprocessor_config.json"
-    config = {"size": image_size, "crop_size": image_size, **CLIP_PREPROCESSING}
+    config = {"size": image_size, "crop_size": image_size, **CLIP_PREPROCESSING, **STEPS}
     if file.exists():
         config |= read_config(file)
     for name, done in STEPS.items():
-        if config.get(name, done) != done:
+        if config[name] != done:
             raise InputError(f"{file}: {name} = {config[name]!r} is not supported, only {done}")
     if isinstance(config["size"], int):
         config["size"] = {"shortest_edge": config["size"]}
@@ -539,9 +522,9 @@ class InputError(ValueError):
 
 
 def reason_of(error):
-    """What an exception says, its first three lines as one"""
+    """What an exception says, its first forty words in one line"""
     said = getattr(error, "strerror", None) or str(error) or repr(error)
-    return " ".join(map(str.strip, said.splitlines()[:3]))
+    return " ".join(said.split()[:40])
 
 
 def number(kind, low, below=math.inf):
@@ -563,25 +546,26 @@ def read_json(path, kind=dict):
     it the fault is."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {reason_of(error)}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {reason_of(error)}") from error
     if not isinstance(content, kind):
         raise InputError(f"{path} holds no JSON {'object' if kind is dict else 'list'}")
     return content
 
 
+def without_null(section):
+    """The settings of an object but those that are null, which stand for the default"""
+    return {name: value for name, value in section.items() if value is not None}
+
+
 def read_config(file):
-    """The settings of a config.json but those that are null, which stand for the default"""
-    return {name: value for name, value in read_json(file).items() if value is not None}
+    """The settings of a config.json"""
+    return without_null(read_json(file))
 
 
 def read_section(config, name):
-    """A part of a config.json that is itself an object, {} if it is not there; without what is
-    null"""
-    section = config.get(name) or {}
-    return {name: value for name, value in section.items() if value is not None}
+    """A part of a config.json that is itself an object, {} if it is not there"""
+    return without_null(config.get(name) or {})
 
 
 def write_whole(file, text):
@@ -602,5 +586,5 @@ def checkpoint_path(path):
     path = Path(path)
     for best in (path, path.parent):
         if best.name == "best" and best.is_file():
-            return best.parent / best.read_text(errors="replace").strip() / path.relative_to(best)
+            return best.parent / best.read_text().strip() / path.relative_to(best)
     return path

@@ -292,7 +292,7 @@ def test_what_is_missing_is_named(sets):
     assert "nowhere.json cannot be read: No such file" in refused(sets, str(sets / "nowhere.json"))
     llava = sets / "llava/detail_23k.json"
     llava.write_text("[1, 2")
-    assert "not valid JSON" in refused(sets, "llava") and "line 1 column" in refused(sets, "llava")
+    assert "cannot be read: " in refused(sets, "llava") and "line 1 column" in refused(sets, "llava")
     llava.unlink()
     assert "detail_23k.json is missing: liuhaotian/LLaVA-Instruct-150K on Hugging Face has it" in refused(sets, "llava_otter_blend")
     for name, folder in (("minigpt4", "cc_sbu_align/image"), ("ocr_vqa", "OCR_VQA/images"), ("coco_caption", "coco/2014"),
