@@ -33,7 +33,7 @@ LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerator
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "0"}
 STARTER = """
 import gc, json, os, resource, runpy, signal, sys, traceback
-import deepspeed, torch._dynamo, torch.distributed.fsdp
+import deepspeed, torch.distributed.fsdp, deepspeed.ops.op_builder.all_ops, deepspeed.runtime.zero.muon.muon_optimizer  # else imported in each run
 import train
 
 def become(job, rank):
@@ -659,6 +659,7 @@ def test_lora_checkpointing_and_both_forms_of_a_checkpoint(folder):
 TRACED = """
 import os, functools, torch
 torch.compile = functools.partial(torch.compile, fullgraph=True{})
+torch._dynamo.config.specialize_float = True  # each graph would be made twice
 import deepspeed
 import train
 begin = deepspeed.initialize
@@ -671,24 +672,25 @@ def noted(**given):
     return begin(**given)
 deepspeed.initialize = noted
 train.main()
-assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3, "nothing was compiled"
+assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2, "nothing was compiled"
 """
 
 
-@pytest.mark.parametrize("kind, more", [("mmca", ["--gradient_checkpointing", "--eval_fraction", "0"]), ("cross", ["--projection", "vit", "--vision_lora_rank", "0"])])
-def test_compiled_layers_take_the_same_steps(folder, kind, more):
-    """Two ZeRO-3 processes, whose layers gather their parameters as leaves, against one without: LoRA in both towers and layers computed
-    again; CrA, and a ViT layer in the projection behind a frozen tower. By the compiler's first half, which needs no C++"""
+@pytest.mark.parametrize("kind, two, more, asked", [
+    ("mmca", False, ["--micro_batch_size", "2", "--gradient_checkpointing"], ""),
+    ("cross", True, ["--micro_batch_size", "1", "--projection", "vit", "--vision_lora_rank", "0", "--eval_fraction", "0"], "123")])
+def test_compiled_layers_take_the_same_steps(folder, kind, two, more, asked):
+    """Under ZeRO-3, where layers gather their parameters as leaves, against one process without: LoRA in both towers, layers computed again, and
+    what is held out; on two processes CrA, and a ViT layer in the projection behind a frozen tower. By the compiler's first half, which needs no C++"""
     (folder / "traced.py").write_text(TRACED.format(", backend='aot_eager'"))
     flags = [*LORA, "--attention", kind, *more, "--max_steps", "3"]
-    (folder / "ds.json").write_text('{"zero_optimization": {"stage3_prefetch_bucket_size": 123}}')
-    asked = ["--deepspeed_config", folder / "ds.json"] if kind == "cross" else []
-    one = run(folder, *flags, "--micro_batch_size", "4", "--zero_stage", "0")
-    two = run(folder, *flags, "--micro_batch_size", "1", "--compile", *asked, two=True, script=folder / "traced.py",
-              ASKED="123" if asked else "")
-    torch.testing.assert_close(torch.tensor(losses(one)), torch.tensor(losses(two)), atol=2e-5, rtol=2e-5)
-    held = [[line["eval_loss"] for line in log if "eval_loss" in line] for log in (one, two)]
-    torch.testing.assert_close(*map(torch.tensor, held), atol=2e-5, rtol=2e-5)
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage3_prefetch_bucket_size": int(asked)} if asked else {}}))
+    plain = run(folder, *flags, "--micro_batch_size", "4", "--zero_stage", "0")
+    compiled = run(folder, *flags, "--compile", "--deepspeed_config", folder / "ds.json", two=two, script=folder / "traced.py", ASKED=asked)
+    for name, count in (("loss", 3), ("eval_loss", 1 - two)):
+        expected, found = ([line[name] for line in log if name in line] for log in (plain, compiled))
+        assert len(expected) == count
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="a CPU compiles with a C++ compiler")
@@ -814,7 +816,8 @@ def test_out_of_memory_names_what_helps():
 
 
 MEMORY = """
-import gc, json, sys
+import gc, sys
+sys.path.append("tests")
 import torch
 from contextlib import nullcontext
 from bench import states
@@ -854,10 +857,10 @@ for stage in range(4):
 def test_describe_foretells_the_bytes_of_a_run(tmp_path):
     """Two processes, ZeRO 0 to 3: all tensors that live between backward pass and step"""
     (tmp_path / "memory.py").write_text(MEMORY)
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run([*LAUNCHER, tmp_path / "memory.py"], capture_output=True, text=True, env=environment, timeout=300)
-    found = [list(map(int, line.split()[-3:])) for line in done.stdout.splitlines() if "MEMORY" in line]
-    assert [stage for stage, *_ in found] == [0, 1, 2, 3], done.stdout + done.stderr
+    begin(tmp_path, two=True, script=tmp_path / "memory.py")
+    code, out, err = end(tmp_path)
+    found = [list(map(int, line.split()[-3:])) for line in out.splitlines() if "MEMORY" in line]
+    assert code == 0 and [stage for stage, *_ in found] == [0, 1, 2, 3], out + err
     for stage, measured, formula in found:
         assert 0.9 < measured / formula < 1.1, found
 
@@ -931,16 +934,28 @@ def test_a_machine_without_affinity_and_links(mine):
     assert done.returncode == 0 and "> " in done.stdout, done.stderr
 
 
+SMALL = """
+import ctypes, subprocess, sys
+if ctypes.CDLL(None).unshare(0x20000):  # a view of the mounts for itself
+    sys.exit(77)
+subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "/dev/shm"], check=True)
+import train
+train.main()
+"""
+
+
 def test_a_small_shared_memory_is_one_sentence(mine):
     """Docker gives 64 MB, which is too little for larger pictures and batches: at once, and not when the workers' time is up"""
     folder, flags = mine
-    small = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"', "sh", sys.executable]
-    if not shutil.which("unshare") or subprocess.run([*small[:-1], "true"]).returncode:
+    (folder / "small.py").write_text(SMALL)
+    begin(folder, "--help", script=folder / "small.py")
+    if end(folder)[0]:
         pytest.skip("needs the right to mount")
-    message = run(folder, *flags, "--workers", "2", fails=True, by=small)
+    message = run(folder, *flags, "--workers", "2", fails=True, script=folder / "small.py")
     assert message == ("train.py: /dev/shm is too small for what --workers 2 read ahead: make it larger (docker run --shm-size 8g), or do without "
                        "them (--workers 0)")
-    assert losses(run(folder, *flags, "--workers", "0", "--max_steps", "1", "--overwrite", by=small))
+    assert losses(run(folder, *flags, "--workers", "0", "--max_steps", "1", "--overwrite", script=folder / "small.py"))
 
 
 def test_what_no_shared_memory_is_left_for_fails_where_it_is_heard(monkeypatch):
@@ -956,7 +971,8 @@ def test_what_no_shared_memory_is_left_for_fails_where_it_is_heard(monkeypatch):
 def test_a_step_of_many_micro_batches_needs_many_open_files(mine):
     """Five tensors each; with the 1,024 of most shells a batch of 256 on one GPU, one sample at a time, would stop"""
     folder, flags = mine
-    flags = ["--datasets", *[folder / "mine.json"] * 6, "--batch_size", "64", "--micro_batch_size", "1", "--epochs", "1", "--eval_fraction", "0"]
+    flags = ["--datasets", *[folder / "mine.json"] * 6, "--batch_size", "64", "--micro_batch_size", "1", "--max_steps", "1", "--eval_fraction", "0",
+             "--zero_stage", "0"]
     assert losses(run(folder, *flags, limits={"RLIMIT_NOFILE": 200}))
 
 
@@ -1022,30 +1038,32 @@ def test_the_workers_read_the_next_step_while_this_one_is_computed(mine, monkeyp
     assert read.value == 32, "16 of this step and 16 of the next"
 
 
-def test_of_other_processes_the_system_makes_an_end():
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_of_other_processes_the_system_makes_an_end(monkeypatch, rank):
     """They may wait in a kernel, where no Python runs; process 0 has a sentence to say"""
-    code = """
-import sys, signal, torch, train
-train.train = lambda *_: print(signal.getsignal(signal.SIGINT) is signal.SIG_DFL, signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
-sys.argv = ["train.py", "@demo/flags"]
-train.main()
-"""
-    for rank, expected in (("0", "False False"), ("1", "True True")):
-        environment = os.environ | {"RANK": rank, "WORLD_SIZE": "2"}
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.stdout.splitlines()[-1] == expected, done.stderr
+    kinds, found = (signal.SIGINT, signal.SIGTERM), []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--language_model", "a", "--vision_model", "b"])
+    monkeypatch.setattr(train, "train", lambda *_: found.extend(map(signal.getsignal, kinds)))
+    before = list(map(signal.getsignal, kinds))
+    try:
+        train.main()
+    finally:
+        for kind, handler in zip(kinds, before):
+            signal.signal(kind, handler)
+    assert [handler is signal.SIG_DFL for handler in found] == [rank == "1"] * 2
 
 
-def test_processes_wait_an_hour_for_each_other():
-    """Process 0 may make the index of tens of gigabytes meanwhile; DEEPSPEED_TIMEOUT says otherwise"""
+@pytest.mark.parametrize("environment, seconds", [({}, 3600), ({"DEEPSPEED_TIMEOUT": "5"}, 300)])
+def test_processes_wait_an_hour_for_each_other(environment, seconds):
+    """Process 0 may make the index of tens of gigabytes meanwhile; DEEPSPEED_TIMEOUT, which DeepSpeed reads when it is imported, says otherwise"""
     code = """
 import torch, train
 train.start_distributed(torch.device("cpu"))
 print(torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds())
 """
-    for environment, seconds in (({}, "3600.0"), ({"DEEPSPEED_TIMEOUT": "5"}, "300.0")):
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
-        assert done.stdout.splitlines()[-1] == seconds, done.stderr
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    assert float(done.stdout.splitlines()[-1]) == seconds, done.stderr
 
 
 def test_the_learning_rate_rises_from_the_first_step_and_falls_to_zero():
