@@ -677,17 +677,17 @@ assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2, "nothing was
 
 
 @pytest.mark.parametrize("kind, two, more, asked", [
-    ("mmca", False, ["--micro_batch_size", "2", "--gradient_checkpointing"], ""),
+    ("mmca", False, ["--micro_batch_size", "4", "--gradient_checkpointing"], ""),
     ("cross", True, ["--micro_batch_size", "1", "--projection", "vit", "--vision_lora_rank", "0", "--eval_fraction", "0"], "123")])
 def test_compiled_layers_take_the_same_steps(folder, kind, two, more, asked):
     """Under ZeRO-3, where layers gather their parameters as leaves, against one process without: LoRA in both towers, layers computed again, and
     what is held out; on two processes CrA, and a ViT layer in the projection behind a frozen tower. By the compiler's first half, which needs no C++"""
     (folder / "traced.py").write_text(TRACED.format(", backend='aot_eager'"))
-    flags = [*LORA, "--attention", kind, *more, "--max_steps", "3"]
+    flags = [*LORA, "--attention", kind, *more, "--max_steps", "2"]
     (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage3_prefetch_bucket_size": int(asked)} if asked else {}}))
     plain = run(folder, *flags, "--micro_batch_size", "4", "--zero_stage", "0")
     compiled = run(folder, *flags, "--compile", "--deepspeed_config", folder / "ds.json", two=two, script=folder / "traced.py", ASKED=asked)
-    for name, count in (("loss", 3), ("eval_loss", 1 - two)):
+    for name, count in (("loss", 2), ("eval_loss", 1 - two)):
         expected, found = ([line[name] for line in log if name in line] for log in (plain, compiled))
         assert len(expected) == count
         torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=2e-5, rtol=2e-5)
