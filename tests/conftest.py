@@ -1,5 +1,6 @@
 """What several tests share: the six files on the path, the fixtures, and a tiny model with pictures made of them."""
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +15,28 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"  # only what asks for it is compiled (it
 from mmca import IMAGE, TEXT, make_pattern  # noqa: E402
 from model import VisualChat, load_llama, load_vit  # noqa: E402
 from vision import read_preprocessing  # noqa: E402
+
+
+def pytest_configure(config):
+    """python -m pytest -m quick: what each idea is, in half a minute"""
+    config.addinivalue_line("markers", "slow: it starts a process, compiles, or takes seconds")
+    config.addinivalue_line("markers", "quick: every test that is not marked slow, and does not ask for the fixture `processes`")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if not item.get_closest_marker("slow") and "processes" not in item.fixturenames:
+            item.add_marker("quick")
+
+
+@pytest.fixture(autouse=True)
+def a_quick_test_starts_no_process(request, monkeypatch):
+    def refuse(*_, **__):
+        pytest.fail("this test starts a process: mark it slow")
+    if request.node.get_closest_marker("quick"):
+        monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+        monkeypatch.setattr(os, "fork", refuse)
 
 
 def tiny_model(attention="mmca"):

@@ -4,7 +4,6 @@ import json
 import random
 import re
 import shutil
-import subprocess
 import sys
 from collections import Counter
 
@@ -27,11 +26,18 @@ from new_models import learn_tokenizer  # noqa: E402
 NAMES = ["llava", "llava_dial", "otter_mimicit_cgd", "llava_otter_blend", "sparkles_dialogue"]
 
 
+def draw(*command):
+    """demo/make.py with these words"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["make.py", *map(str, command)])
+        make.main()
+
+
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """The demo's data, small"""
     folder = tmp_path_factory.mktemp("demo") / "small"
-    subprocess.run([sys.executable, ROOT / "demo/make.py", folder, "--scenes", "32"], check=True)
+    draw(folder, "--scenes", "32")
     return folder
 
 
@@ -145,14 +151,13 @@ def test_the_readers_of_the_real_data_sets_read_it(drawn):
             assert all(turn.question and turn.answer.endswith(".") and "IMAGE#" not in turn.question + turn.answer for turn in turns)
 
 
-def test_a_folder_that_is_there_is_kept(drawn):
+def test_a_folder_that_is_there_is_kept(drawn, capsys):
     """As this command makes it, it is not drawn anew; of another version or other flags it is named"""
-    def again(*flags):
-        return subprocess.run([sys.executable, ROOT / "demo/make.py", drawn, *flags], capture_output=True, text=True)
-
-    same, other = again("--scenes", "32"), again()
-    assert same.returncode == 0 and same.stdout == f"{drawn} is already there\n"
-    assert other.returncode and f"{drawn} is already there, not as this command makes it; remove it" in other.stderr and "Traceback" not in other.stderr
+    draw(drawn, "--scenes", "32")
+    assert capsys.readouterr().out == f"{drawn} is already there\n"
+    with pytest.raises(SystemExit) as stopped:
+        draw(drawn)
+    assert stopped.value.code and f"{drawn} is already there, not as this command makes it; remove it" in capsys.readouterr().err
     assert (drawn / "train/three.json").exists()
 
 

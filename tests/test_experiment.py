@@ -49,6 +49,7 @@ def test_the_average_is_half_the_sum_where_there_are_two(monkeypatch):
     assert torch.equal(results[0][:, :, :3], results[1][:, :, :3]) and torch.equal(results[0][:, :, 3], 2 * results[1][:, :, 3])
 
 
+@pytest.mark.slow
 def test_a_run_is_kept_and_the_next_start_goes_on(tmp_path, monkeypatch, capsys):
     subprocess.run([sys.executable, ROOT / "demo/make.py", tmp_path / "data/demo", "--scenes", "32"], check=True)
     monkeypatch.chdir(tmp_path)

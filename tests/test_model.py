@@ -300,6 +300,7 @@ def test_an_image_token_costs_only_what_is_asked_of_it(kind, rows):
     assert tuple(seen) == rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, rank", [("mmca", 2), ("causal", 0), ("cross", 0)])
 def test_a_layer_is_one_graph_whatever_the_size_of_the_batch(kind, rank, monkeypatch):
     """torch.compile takes every layer whole; twelve batches of twelve shapes take two graphs of each kind of layer, since the last decoder

@@ -1,6 +1,5 @@
 """train.py as users start it, with tiny models. python -m pytest tests/test_train.py"""
 import argparse
-import atexit
 import fcntl
 import json
 import multiprocessing
@@ -79,10 +78,8 @@ for line in sys.stdin:
 @cache
 def starter():
     """A process that has imported train.py and DeepSpeed, which takes five seconds, and forks one for each run"""
-    process = subprocess.Popen([sys.executable, "-c", STARTER], cwd=ROOT, env=os.environ | ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               text=True, start_new_session=True)
-    atexit.register(process.kill)
-    return process
+    return subprocess.Popen([sys.executable, "-c", STARTER], cwd=ROOT, env=os.environ | ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            text=True, start_new_session=True)
 
 
 def heard(folder):
@@ -142,8 +139,16 @@ def run(folder, *flags, fails=False, by=None, **how):
     return [json.loads(line) for line in (folder / "out/log.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture(scope="session")
+def processes():
+    """What a test that starts processes asks for; it is not quick"""
+    yield
+    if starter.cache_info().currsize:
+        starter().kill()
+
+
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, processes):
     """13 conversations of answers of very different lengths, three of them without a picture, and a model with a tokenizer"""
     (tmp_path / "llava").mkdir()
     (tmp_path / "coco").mkdir()
@@ -236,7 +241,7 @@ def test_other_data_sets_can_be_measured_on_than_trained_on(folder):
     assert list(result["eval_exact_of"]) == [str(held / name) for name in kinds]
 
 
-def test_the_demo_is_a_file_of_flags(tmp_path):
+def test_the_demo_is_a_file_of_flags(tmp_path, processes):
     """Flags that follow it win; a run that is there stays"""
     subprocess.run([sys.executable, ROOT / "demo/make.py", tmp_path / "data/demo", "--scenes", "32"], check=True)
     (tmp_path / "demo").symlink_to(ROOT / "demo")
@@ -854,7 +859,7 @@ for stage in range(4):
 """
 
 
-def test_describe_foretells_the_bytes_of_a_run(tmp_path):
+def test_describe_foretells_the_bytes_of_a_run(tmp_path, processes):
     """Two processes, ZeRO 0 to 3: all tensors that live between backward pass and step"""
     (tmp_path / "memory.py").write_text(MEMORY)
     begin(tmp_path, two=True, script=tmp_path / "memory.py")
@@ -987,14 +992,13 @@ def test_a_second_run_in_the_same_folder_is_refused(mine):
     run(folder, *flags, "--max_steps", "1", "--overwrite")
 
 
-def test_a_disk_that_knows_no_locks_is_named(mine, monkeypatch, capsys):
-    folder, flags = mine
+def test_a_disk_that_knows_no_locks_is_named(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(95, "Operation not supported")
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--language_model", "a", "--vision_model", "b", "--out", str(folder / "out")])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--language_model", "a", "--vision_model", "b", "--out", str(tmp_path / "out")])
     train.open_log(command_line())
-    assert capsys.readouterr().out == f"--out {folder}/out cannot be locked (Operation not supported): take care that no other run writes there\n"
+    assert capsys.readouterr().out == f"--out {tmp_path}/out cannot be locked (Operation not supported): take care that no other run writes there\n"
 
 
 def test_a_port_that_is_taken_is_one_sentence(mine):
@@ -1015,7 +1019,7 @@ def test_a_terminal_that_lacks_a_character_is_no_reason_to_stop(mine):
     assert str(folder / "猫.json") in next(line for line in log if "eval_loss" in line)["eval_exact_of"]
 
 
-def test_the_workers_read_the_next_step_while_this_one_is_computed(mine, monkeypatch):
+def test_the_workers_read_the_next_step_while_this_one_is_computed(processes, monkeypatch):
     """All micro-batches of a step are taken before the first is computed"""
     read = multiprocessing.Value("i", 0)
 
@@ -1055,7 +1059,7 @@ def test_of_other_processes_the_system_makes_an_end(monkeypatch, rank):
 
 
 @pytest.mark.parametrize("environment, seconds", [({}, 3600), ({"DEEPSPEED_TIMEOUT": "5"}, 300)])
-def test_processes_wait_an_hour_for_each_other(environment, seconds):
+def test_processes_wait_an_hour_for_each_other(processes, environment, seconds):
     """Process 0 may make the index of tens of gigabytes meanwhile; DEEPSPEED_TIMEOUT, which DeepSpeed reads when it is imported, says otherwise"""
     code = """
 import torch, train
