@@ -362,6 +362,7 @@ class Both(Chat):
         return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_word_in_fixed_shapes_is_a_word_read(kind):
     """50 random conversations: pictures first, last, several, none, rounds taken back and let go, places doubled in between"""
@@ -388,6 +389,7 @@ def test_a_word_in_fixed_shapes_is_a_word_read(kind):
     assert seen["512, 512"] > 1 or kind == "causal"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_word_in_fixed_shapes_is_one_graph(kind, monkeypatch):
     """Also where there is room for image tokens and none is held: that term is zero"""
@@ -726,6 +728,7 @@ def test_scripts_write_the_csv_of_the_original(tmp_path):
     assert list(csv.reader(open(tmp_path / "b.csv", newline="")))[:-1] == rows, "what had been answered is not lost"
 
 
+@pytest.mark.slow
 def test_command_without_a_checkpoint(tmp_path):
     done = subprocess.run([sys.executable, "chat.py", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "config.json cannot be read" in done.stderr and "Traceback" not in done.stderr

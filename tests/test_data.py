@@ -409,6 +409,7 @@ def test_a_batch_pads_at_the_right_and_holds_each_picture_once():
     assert (batch["modality"] != PAD).sum(1).tolist() == [len(example.input_ids) for example in examples]
 
 
+@pytest.mark.slow
 def test_show_prints_what_the_model_sees(sets):
     break_json(sets / "llava/detail_23k.json", lambda c: c[0]["conversations"][0].update(value="Is\x1b[2Jit <image> </s>?"))
     break_json(sets / "SparklesDialogueCC/annotations/SparklesDialogueCC.json", lambda c: c[3]["dialogue"][0]["images"][0].update(image_id="\x1b[2J"))
@@ -439,6 +440,7 @@ def test_show_prints_what_the_model_sees(sets):
     assert done.returncode == 2 and done.stderr.startswith("data.py: data set 'lava' is not known") and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_show_on_a_terminal_that_lacks_a_character(tmp_path):
     """PYTHONIOENCODING=ascii, as in cron and in containers"""
     (tmp_path / "zh.json").write_text(json.dumps([[{"question": "这是什么?", "answer": "猫"}]]))

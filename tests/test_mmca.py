@@ -246,6 +246,7 @@ def test_a_mechanism_that_is_not_known_is_named():
         tiny_model("mcma")
 
 
+@pytest.mark.slow
 def test_command_draws_m_of_a_given_sequence_and_compares_the_two_ways():
     out = subprocess.run([sys.executable, "mmca.py", "a b <image> c"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     rows = [line.split()[-4:] for line in out.splitlines() if line.startswith(("a ", "b ", "<image> ", "c "))]

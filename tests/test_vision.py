@@ -147,6 +147,7 @@ def test_pixels_of_16_bits_are_as_a_viewer_shows_them_and_those_of_32_are_refuse
             load_image(CASES / "modes" / name)
 
 
+@pytest.mark.slow
 def test_pictures_of_a_hundred_megapixels(tmp_path):
     """What Pillow warns of is read; what it refuses is refused"""
     Image.new("1", (12_000, 7_700), 1).save(tmp_path / "scan.png")
