@@ -31,28 +31,29 @@ from vision import InputError, checkpoint_path, fixed_positions
 LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29517"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "0"}
 STARTER = """
-import gc, json, os, resource, runpy, signal, sys, traceback
+import gc, json, os, resource, signal, sys, traceback
 import deepspeed, torch.distributed.fsdp, deepspeed.ops.op_builder.all_ops, deepspeed.runtime.zero.muon.muon_optimizer  # else imported in each run
 import train
 
 def become(job, rank):
     os.setsid()
-    for fd, file in ((0, os.devnull), (1, job["out"]), (2, job["err"])):
+    for fd, file in ((0, os.devnull), (1, job["folder"] + "/run.out"), (2, job["folder"] + "/run.err")):
         os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND), fd)
     for kind, most in job["limits"].items():
         resource.setrlimit(getattr(resource, kind), (most, resource.getrlimit(getattr(resource, kind))[1]))
-    os.environ.update(job["environment"])
+    for name, value in job["environment"].items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
     if job["processes"] > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["processes"]), MASTER_ADDR="127.0.0.1", MASTER_PORT=job["port"])
     sys.argv = job["command"]
-    code = 0
+    code = 1
     try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        exec(job["code"], {})
+        code = 0
     except SystemExit as stopped:
         code = stopped.code
     except BaseException:
         traceback.print_exc()
-        code = 1
     sys.stdout.flush()
     os._exit(code)  # Python's own end takes half a second: it would copy what it shares with this process
 
@@ -91,20 +92,21 @@ def heard(folder):
     return list(map(int, starter().stdout.readline().split()))
 
 
-def words(folder, flags, script="train.py"):
+def words(folder, flags):
     """What a user types behind the word python"""
-    return list(map(str, [script, "--language_model", folder / "llama", "--vision_model", FIXTURES / "tiny-clip", "--data_path", folder,
+    return list(map(str, ["train.py", "--language_model", folder / "llama", "--vision_model", FIXTURES / "tiny-clip", "--data_path", folder,
                           "--out", folder / "out", "--workers", "1", *flags]))
 
 
-def begin(folder, *flags, two=False, script="train.py", port=None, limits={}, **environment):
-    """Start train.py on the miniature data in folder -> the ids of its processes. two: two processes; limits: of the system, by their names"""
-    files = {name: str(folder / f"run.{name}") for name in ("out", "err")}
-    for file in files.values():
-        Path(file).write_text("")
+def begin(folder, *flags, two=False, code="import train; train.main()", port=None, limits={}, **environment):
+    """Start train.py on the miniature data in folder -> the ids of its processes. two: two processes; code: in the
+    place of train.main(); limits: of the system, by their names"""
+    for name in ("out", "err"):
+        (folder / f"run.{name}").write_text("")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = port or free.getsockname()[1]
-    job = {"command": words(folder, flags, script), "processes": 1 + two, "port": str(port), "limits": limits, "environment": environment, **files}
+    job = {"command": words(folder, flags), "code": code, "processes": 1 + two, "port": str(port), "limits": limits, "environment": environment,
+           "folder": str(folder)}
     print(json.dumps(job), file=starter().stdin, flush=True)
     return heard(folder)
 
@@ -116,8 +118,8 @@ def end(folder):
 
 
 def run(folder, *flags, fails=False, by=None, **how):
-    """The same, to its end -> the lines of log.jsonl, or with fails its stderr. by: the words before train.py, for a process that is not forked; what
-    else is given is its environment"""
+    """The same, to its end -> the lines of log.jsonl, or with fails its stderr. by: the words before train.py, for a process that is not forked: what
+    Python, torch and DeepSpeed read from the environment they read when they start"""
     if by:
         process = subprocess.Popen([*by, *words(folder, flags)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                    env=os.environ | ENVIRONMENT | how, start_new_session=True)
@@ -392,9 +394,8 @@ train.main()
 def test_weights_that_are_no_numbers_are_not_saved(mine):
     """The step after which they are had a good loss; nothing is held out to tell"""
     folder, flags = mine
-    (folder / "poisoned.py").write_text(BAD_WEIGHTS)
     flags = [*flags, "--eval_fraction", "0", "--zero_stage", "0", "--epochs", "1", "--batch_size", "3", "--micro_batch_size", "3"]
-    message = run(folder, *flags, fails=True, script=folder / "poisoned.py")
+    message = run(folder, *flags, fails=True, code=BAD_WEIGHTS)
     assert message.endswith("out/epoch-1 cannot be written: 1.weight has values that are no finite numbers")
     assert not list(folder.glob("out/*epoch-*")) and not (folder / "out/best").exists()
 
@@ -413,8 +414,7 @@ train.main()
 def test_a_held_out_loss_that_is_not_finite_stops_the_run(mine):
     """The weights are numbers, and so is the loss of every step; the state of the epoch before stays"""
     folder, flags = mine
-    (folder / "overflown.py").write_text(BAD_HELD_OUT.format(loss="inf"))
-    message = run(folder, *flags, "--eval_fraction", "0.25", fails=True, script=folder / "overflown.py")
+    message = run(folder, *flags, "--eval_fraction", "0.25", fails=True, code=BAD_HELD_OUT.format(loss="inf"))
     assert message.startswith("train.py: the held-out loss after step 6 is inf: begin anew") and message.endswith("goes on from step 3")
     assert left(folder) == ["best", "epoch-1", "log.jsonl", "state"] and (folder / "out/state/latest").read_text() == "step-3"
     assert (folder / "out/best").read_text() == "epoch-1"
@@ -423,11 +423,11 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(mine):
 def test_best_is_the_epoch_with_the_lowest_held_out_loss(mine):
     """The second of three is bad, and the last is good again: better than the first"""
     folder, flags = mine
-    (folder / "bad.py").write_text(BAD_HELD_OUT.format(loss="1e6"))
+    bad = BAD_HELD_OUT.format(loss="1e6")
     flags = [*flags, "--eval_fraction", "0.25", "--learning_rate", "0.01"]
-    log = run(folder, *flags, "--max_steps", "6", script=folder / "bad.py")
+    log = run(folder, *flags, "--max_steps", "6", code=bad)
     assert len([line for line in log if "eval_loss" in line]) == 2 and (folder / "out/best").read_text() == "epoch-1"
-    losses = [line["eval_loss"] for line in run(folder, *flags, "--overwrite", script=folder / "bad.py") if "eval_loss" in line]
+    losses = [line["eval_loss"] for line in run(folder, *flags, "--overwrite", code=bad) if "eval_loss" in line]
     assert losses[2] < losses[0] < losses[1] and (folder / "out/best").read_text() == "epoch-3"
 
 
@@ -681,17 +681,17 @@ assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2, "nothing was
 """
 
 
-@pytest.mark.parametrize("kind, two, more, asked", [
-    ("mmca", False, ["--micro_batch_size", "4", "--gradient_checkpointing"], ""),
-    ("cross", True, ["--micro_batch_size", "1", "--projection", "vit", "--vision_lora_rank", "0", "--eval_fraction", "0"], "123")])
-def test_compiled_layers_take_the_same_steps(folder, kind, two, more, asked):
+@pytest.mark.parametrize("kind, two, backend, more, asked", [
+    ("mmca", False, "aot_eager", ["--micro_batch_size", "4", "--gradient_checkpointing"], ""),
+    ("cross", True, "eager", ["--micro_batch_size", "1", "--projection", "vit", "--vision_lora_rank", "0", "--eval_fraction", "0"], "123")])
+def test_compiled_layers_take_the_same_steps(folder, kind, two, backend, more, asked):
     """Under ZeRO-3, where layers gather their parameters as leaves, against one process without: LoRA in both towers, layers computed again, and
-    what is held out; on two processes CrA, and a ViT layer in the projection behind a frozen tower. By the compiler's first half, which needs no C++"""
-    (folder / "traced.py").write_text(TRACED.format(", backend='aot_eager'"))
+    what is held out; on two processes CrA, and a ViT layer in the projection behind a frozen tower. By the compiler's first half, or quarter, which need no C++"""
     flags = [*LORA, "--attention", kind, *more, "--max_steps", "2"]
     (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage3_prefetch_bucket_size": int(asked)} if asked else {}}))
     plain = run(folder, *flags, "--micro_batch_size", "4", "--zero_stage", "0")
-    compiled = run(folder, *flags, "--compile", "--deepspeed_config", folder / "ds.json", two=two, script=folder / "traced.py", ASKED=asked)
+    compiled = run(folder, *flags, "--compile", "--deepspeed_config", folder / "ds.json", two=two, code=TRACED.format(f", backend='{backend}'"),
+                   ASKED=asked)
     for name, count in (("loss", 2), ("eval_loss", 1 - two)):
         expected, found = ([line[name] for line in log if name in line] for log in (plain, compiled))
         assert len(expected) == count
@@ -700,11 +700,10 @@ def test_compiled_layers_take_the_same_steps(folder, kind, two, more, asked):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="a CPU compiles with a C++ compiler")
 def test_layers_compiled_for_this_machine_take_the_same_steps(folder):
-    (folder / "traced.py").write_text(TRACED.format(""))
     flags = ["--datasets", "llava_dial", "--samples", "12", "--concatenate", "1", "--batch_size", "4", "--micro_batch_size", "4", "--epochs", "2",
              "--max_steps", "5", "--eval_fraction", "0", "--overwrite"]
     plain = run(folder, *flags)
-    compiled = run(folder, *flags, "--compile", script=folder / "traced.py")
+    compiled = run(folder, *flags, "--compile", code=TRACED.format(""))
     assert len(losses(plain)) == 5
     torch.testing.assert_close(torch.tensor(losses(compiled)), torch.tensor(losses(plain)), atol=1e-5, rtol=0)
 
@@ -760,8 +759,8 @@ def test_a_kill_while_a_state_is_written_loses_nothing(folder):
     (folder / "out").rename(folder / "whole")
     found = []
     for name, call in (("torch.save", 2), ("train.write_whole", 2), ("train.shutil.rmtree", 2), ("deepspeed.DeepSpeedEngine.save_checkpoint", 3)):
-        (folder / "killed.py").write_text(KILLED.format(name=name, call=call).replace(f"{name}_", "real"))
-        begin(folder, *flags, "--resume", "--workers", "0", script=folder / "killed.py")
+        killed = KILLED.format(name=name, call=call).replace(f"{name}_", "real")
+        begin(folder, *flags, "--resume", "--workers", "0", code=killed)
         code, _, err = end(folder)
         assert code == -signal.SIGKILL, err
         found.append(sorted(path.name for path in (folder / "out/state").glob("step-*")))
@@ -861,8 +860,7 @@ for stage in range(4):
 
 def test_describe_foretells_the_bytes_of_a_run(tmp_path, processes):
     """Two processes, ZeRO 0 to 3: all tensors that live between backward pass and step"""
-    (tmp_path / "memory.py").write_text(MEMORY)
-    begin(tmp_path, two=True, script=tmp_path / "memory.py")
+    begin(tmp_path, two=True, code=MEMORY)
     code, out, err = end(tmp_path)
     found = [list(map(int, line.split()[-3:])) for line in out.splitlines() if "MEMORY" in line]
     assert code == 0 and [stage for stage, *_ in found] == [0, 1, 2, 3], out + err
@@ -885,13 +883,12 @@ def accelerator(monkeypatch, kind, count, built_for=None):
 def test_a_build_for_gpus_trains_on_a_machine_without_one(mine):
     """What a plain pip install of torch gives on Linux, on a laptop"""
     folder, flags = mine
-    (folder / "built.py").write_text("""
-import torch
+    built = """
+import torch, train
 torch.accelerator.current_accelerator = lambda check_available=False: None if check_available else torch.device("cuda")
-import train
 train.main()
-""")
-    assert len(losses(run(folder, *flags, "--max_steps", "2", script=folder / "built.py"))) == 2
+"""
+    assert len(losses(run(folder, *flags, "--max_steps", "2", code=built))) == 2
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
@@ -931,8 +928,7 @@ train.main()
 def test_a_machine_without_affinity_and_links(mine):
     """macOS; a disk that knows no links: a run of several epochs, and a chat"""
     folder, flags = mine
-    (folder / "machine.py").write_text(MACHINE)
-    assert len(losses(run(folder, *flags, "--eval_fraction", "0.25", script=folder / "machine.py"))) >= 4
+    assert len(losses(run(folder, *flags, "--eval_fraction", "0.25", code=MACHINE, OMP_NUM_THREADS=None))) >= 4
     best = checkpoint_path(folder / "out/best")
     assert best.name.startswith("epoch-") and (best / "config.json").exists() and not (folder / "out/best").is_symlink()
     done = subprocess.run([sys.executable, "chat.py", str(folder / "out/best"), "--max_new_tokens", "4"], cwd=ROOT, input="Hello?\n", capture_output=True, text=True)
@@ -953,14 +949,13 @@ train.main()
 def test_a_small_shared_memory_is_one_sentence(mine):
     """Docker gives 64 MB, which is too little for larger pictures and batches: at once, and not when the workers' time is up"""
     folder, flags = mine
-    (folder / "small.py").write_text(SMALL)
-    begin(folder, "--help", script=folder / "small.py")
+    begin(folder, "--help", code=SMALL)
     if end(folder)[0]:
         pytest.skip("needs the right to mount")
-    message = run(folder, *flags, "--workers", "2", fails=True, script=folder / "small.py")
+    message = run(folder, *flags, "--workers", "2", fails=True, code=SMALL)
     assert message == ("train.py: /dev/shm is too small for what --workers 2 read ahead: make it larger (docker run --shm-size 8g), or do without "
                        "them (--workers 0)")
-    assert losses(run(folder, *flags, "--workers", "0", "--max_steps", "1", "--overwrite", script=folder / "small.py"))
+    assert losses(run(folder, *flags, "--workers", "0", "--max_steps", "1", "--overwrite", code=SMALL))
 
 
 def test_what_no_shared_memory_is_left_for_fails_where_it_is_heard(monkeypatch):
@@ -1015,7 +1010,7 @@ def test_a_terminal_that_lacks_a_character_is_no_reason_to_stop(mine):
     folder, flags = mine
     shutil.copy(folder / "mine.json", folder / "猫.json")
     flags = ["--datasets", folder / "mine.json", folder / "猫.json", *flags[2:], "--max_steps", "1", "--eval_fraction", "0.25"]
-    log = run(folder, *flags, PYTHONIOENCODING="ascii")
+    log = run(folder, *flags, by=[sys.executable], PYTHONIOENCODING="ascii")
     assert str(folder / "猫.json") in next(line for line in log if "eval_loss" in line)["eval_exact_of"]
 
 
