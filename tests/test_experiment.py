@@ -19,7 +19,7 @@ T, I = TEXT, IMAGE  # noqa: E741
     (experiment.union, "1... 11.. ..1. 1111"),
     (experiment.earlier_text, "1... 11.. 111. 1121"),
     (experiment.average, "1... 11.. ..1. 1121")])
-def test_the_other_rules(rule, rows):
+def test_each_of_the_other_rules_has_its_matrix(rule, rows):
     M, _ = rule(torch.tensor([[T, T, I, T]]))
     assert " ".join("".join(map(str, row)).replace("0", ".") for row in M[0].tolist()) == rows
 

@@ -43,12 +43,12 @@ def test_greedy_tokens_are_those_of_transformers(name):
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-llama-sharded"])
-def test_old_and_new_spelling_of_the_configuration(tmp_path, name):
+def test_the_old_and_the_new_spelling_of_a_configuration_say_the_same(tmp_path, name):
     shutil.copy(FIXTURES / name / "config.transformers4.json", tmp_path / "config.json")
     assert read_llama_config(tmp_path) == read_llama_config(FIXTURES / name)
 
 
-def test_configuration_of_an_old_file_without_later_fields(tmp_path):
+def test_a_configuration_without_later_fields_is_read(tmp_path):
     config = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 512}
     (tmp_path / "config.json").write_text(json.dumps(config))
     read = read_llama_config(tmp_path)
@@ -58,7 +58,7 @@ def test_configuration_of_an_old_file_without_later_fields(tmp_path):
 @pytest.mark.parametrize("change", [{"rope_theta": None}, {"rope_theta": 10000}, {"head_dim": None}, {"num_key_value_heads": 2, "attention_bias": None},
                                     {"hidden_act": "swish"}, {"rope_scaling": {}}, {"rope_parameters": {"rope_theta": None, "rope_type": "default"}},
                                     {"rope_parameters": {"rope_theta": 10000.0}}, {"rope_scaling": {"type": "default"}}, {"rms_norm_eps": 1e-5, "model_type": None}])
-def test_odd_but_legal_configurations(tmp_path, change):
+def test_odd_but_legal_configurations_are_read(tmp_path, change):
     config = json.loads((FIXTURES / "tiny-llama/config.transformers4.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     assert read_llama_config(tmp_path) == read_llama_config(FIXTURES / "tiny-llama")
@@ -165,7 +165,7 @@ def test_text_alone_is_llama_under_every_mechanism():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_strictly_causal(kind):
+def test_a_token_changes_nothing_before_it(kind):
     model, (ids, modality) = tiny_model(kind), sequence("TTTITTITT")
     features, word = torch.randn(2, 17, 64), modality[0] == TEXT
     before = all_logits(model, ids, modality, features)
@@ -419,7 +419,7 @@ def test_describe_foretells_the_activations(layers, pictures):
         assert 0.9 < measured / formula < 1.1
 
 
-def test_layers_on_several_devices(tmp_path):
+def test_layers_on_several_devices_give_the_numbers_of_one(tmp_path):
     """The numbers are those of one device; on the second, which holds no numbers, nothing of the first is used"""
     for kind in ("mmca", "causal", "cross"):
         tiny_model(kind).save_pretrained(tmp_path / kind)

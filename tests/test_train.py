@@ -204,7 +204,7 @@ def test_processes_accumulation_and_zero_make_no_difference(folder):
         assert recipe != torch.equal(trained, base), f"{name}: the recipe trains embedding and projection, nothing else"
 
 
-def test_eval_path_and_what_each_data_set_comes_to(folder):
+def test_held_out_data_from_another_folder_is_measured_set_by_set(folder):
     """What is held out comes from another folder, by the same names; each set is counted by itself. The model that was saved says the same"""
     held = folder / "held"
     shutil.copytree(folder / "llava", held / "llava")
@@ -258,7 +258,7 @@ def test_the_demo_is_a_file_of_flags(tmp_path, processes):
     assert done.returncode == 2 and "Traceback" not in done.stderr and "--out out already holds a run; name another folder" in done.stderr
 
 
-def test_a_tower_of_16_bit_bin_files_under_zero_3(folder):
+def test_a_tower_of_16_bit_bin_files_trains_under_zero_3(folder):
     """What zero.Init makes of tensors does not touch what is read from the file"""
     shutil.copytree(FIXTURES / "tiny-clip", folder / "tower")
     (folder / "tower/model.safetensors").unlink()
@@ -267,7 +267,7 @@ def test_a_tower_of_16_bit_bin_files_under_zero_3(folder):
     assert losses(run(folder, "--datasets", "llava_dial", "--batch_size", "4", "--max_steps", "1", "--eval_fraction", "0", "--vision_model", folder / "tower"))
 
 
-def test_cross_attention_with_two_processes(folder):
+def test_cross_attention_takes_the_same_steps_on_two_processes(folder):
     """A process without a picture runs the added layers too"""
     common = ["--datasets", "llava_dial", "--concatenate", "1", "--batch_size", "4", "--epochs", "1", "--eval_fraction", "0",
               "--attention", "cross", "--overwrite"]
@@ -276,7 +276,7 @@ def test_cross_attention_with_two_processes(folder):
     torch.testing.assert_close(torch.tensor(losses(one)), torch.tensor(losses(two)), atol=2e-5, rtol=2e-5)
 
 
-def test_qwen_and_a_perceiver_with_two_processes(folder):
+def test_qwen_and_a_perceiver_take_the_same_steps_on_two_processes(folder):
     """Everything trained but the perceiver's table of positions"""
     (folder / "wide").mkdir()
     shutil.copy(FIXTURES / "tokenizer.model", folder / "wide")
@@ -296,7 +296,7 @@ def test_qwen_and_a_perceiver_with_two_processes(folder):
     assert torch.equal(model.projection.pos_embed, fixed_positions(16, 128)) and model.image_tokens == 256
 
 
-def test_every_weight_trained_with_another_projection_and_layer_then_chat(folder):
+def test_every_weight_is_trained_with_another_projection_and_layer_and_chats(folder):
     flags = ["--datasets", "llava_dial", "--batch_size", "4", "--max_steps", "3", "--epochs", "2", "--eval_fraction", "0.3", "--trainable", "all",
              "--projection", "vit", "--feature_layer", "-2", "--no_class_token"]
     assert losses(run(folder, *flags)) and (checkpoint_path(folder / "out/best") / "language_model/tokenizer.model").exists()
@@ -535,7 +535,7 @@ def test_records_that_are_left_out_are_named(folder):
     assert f"\n4 of 4 records are left out: {named}\n" in (folder / "run.out").read_text()
 
 
-def test_settings_that_work(mine):
+def test_settings_that_deepspeed_can_use_are_taken(mine):
     """What is null is as if it was not there; optimizer states in the machine's memory; another optimizer has --learning_rate"""
     folder, flags = mine
     (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "gradient_clipping": None}))
@@ -602,7 +602,7 @@ def test_broken_and_missing_pictures_are_replaced_and_named_until_they_are_too_m
     assert "4 of 300 conversations lack a picture, more than 1%" in message, "before a model is opened"
 
 
-def test_all_data_sets_on_two_processes_with_two_workers(folder):
+def test_two_processes_use_each_sample_of_an_epoch_once(folder):
     """Each sample of the epoch is used once over both, as one process would draw it"""
     sets = folder / "sets"
     shutil.copytree(FIXTURES / "datasets", sets)
@@ -642,7 +642,7 @@ LORA = ["--datasets", "llava_dial", "--concatenate", "1", "--batch_size", "4", "
         "--lora_rank", "2", "--vision_lora_rank", "2", "--overwrite"]
 
 
-def test_lora_checkpointing_and_both_forms_of_a_checkpoint(folder):
+def test_lora_layers_computed_again_and_factors_alone_give_the_same_model(folder):
     """LoRA with layers computed again = without, on two processes too; merged weights = base and factors"""
     one = run(folder, *LORA, "--micro_batch_size", "4", "--zero_stage", "0")
     merged = dict(VisualChat.from_pretrained(folder / "out/best").named_parameters())
@@ -769,7 +769,7 @@ def test_a_kill_while_a_state_is_written_loses_nothing(folder):
     assert steps_of(run(folder, *flags, "--resume")) == steps_of(whole)
 
 
-def test_a_full_disk_and_a_state_that_is_not_of_this_run(folder):
+def test_a_full_disk_loses_nothing_and_a_state_of_another_run_is_refused(folder):
     """What was there stays; what is wrong is named; with room again the run goes on"""
     config = json.loads((folder / "llama/config.json").read_text()) | {"intermediate_size": 8000}
     (folder / "llama/config.json").write_text(json.dumps(config))  # much is frozen: a checkpoint is larger than a state
@@ -925,7 +925,7 @@ train.main()
 """
 
 
-def test_a_machine_without_affinity_and_links(mine):
+def test_a_machine_without_affinity_and_links_trains_and_chats(mine):
     """macOS; a disk that knows no links: a run of several epochs, and a chat"""
     folder, flags = mine
     assert len(losses(run(folder, *flags, "--eval_fraction", "0.25", code=MACHINE, OMP_NUM_THREADS=None))) >= 4
