@@ -260,10 +260,10 @@ def main():
     cross = M * (modality == TEXT)[:, :, None]                              # (1, T, T)
 
     column = 2 * len(words) + 3
-    print("A row is a query, a column a key, in the same order; · is not seen.\n")
+    print("A row is a query, a column a key, in the same order; . is not seen.\n")
     print(f"{'':11}{'CA':{column}}{'CrA':{column}}MMCA")
     for word, *rows in zip(words, causal[0], cross[0], M[0]):
-        drawn = [" ".join("·12"[m] for m in row) for row in rows]
+        drawn = [" ".join(".12"[m] for m in row) for row in rows]
         print(f"{word:11}" + "    ".join(drawn))
     print("\nCA: softmax over 1. CrA: softmax over 1 in the layer, over 2 in an added one. MMCA:\n"
           "softmax(QK' . M1) + softmax(QK' . M2), M1 = [M == 1], M2 = [M == 2]; M is on the right.")

@@ -250,7 +250,7 @@ def test_a_mechanism_that_is_not_known_is_named():
 def test_command_draws_m_of_a_given_sequence_and_compares_the_two_ways():
     out = subprocess.run([sys.executable, "mmca.py", "a b <image> c"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     rows = [line.split()[-4:] for line in out.splitlines() if line.startswith(("a ", "b ", "<image> ", "c "))]
-    assert rows == [list("1···"), list("11··"), list("··1·"), list("1121")]
+    assert rows == [list("1..."), list("11.."), list("..1."), list("1121")]
     assert float(out.split("differ by ")[1].split()[0]) < 1e-5
 
 
