@@ -554,7 +554,8 @@ class KVCache:
         self.num_image_tokens += pattern.positions.shape[1] - pattern.num_words
 
     def truncate(self, length):
-        """Hold the first `length` tokens only"""
+        """Hold the first `length` tokens at most"""
+        length = min(length, self.length)
         # under "causal" pictures count as words
         if self.num_image_tokens:
             self.num_image_tokens = int((self.modality[:, :length] == IMAGE).sum())

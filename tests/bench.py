@@ -44,7 +44,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train  # noqa: E402
-from chat import Chat, blank, pick  # noqa: E402
+from chat import Chat, pick  # noqa: E402
 from data import Epoch, Samples, Tokenizer, Turn, collate, encode, read_datasets  # noqa: E402
 from mmca import IMAGE, PAD, TEXT, attend, attend_explicit, attention_matrix, make_pattern  # noqa: E402
 import model as model_file  # noqa: E402
@@ -421,10 +421,9 @@ def bench_decoding(args, model, talk):
         began = time.perf_counter()
         ours(talk, 2)
         print(f"\nthe first two tokens, layers compiled and noted in a graph on the way: {time.perf_counter() - began:.2f} s")
-        others = {"chat --no_compile": Chat(model, talk.tokenizer, compiled=False), "chat without a graph": Chat(model, talk.tokenizer)}
-        others["chat without a graph"].fixed = False
-        for label, chat in others.items():
-            blank(chat.cache)  # as `ask` does
+        for label in ("a graph of layers as they are", "without a graph"):
+            chat = Chat(model, talk.tokenizer)
+            chat.compiled, chat.fixed = False, label != "without a graph"
             runs[label] = partial(ours, chat)
     if find_spec("transformers"):
         from transformers import LlamaConfig as TheirConfig
