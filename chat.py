@@ -127,6 +127,7 @@ class Chat:
         shown = sum(len(r.turn.images) for r in self.rounds)
         prompt = encode([turn], self.tokenizer, self.model.image_tokens, shown)
         this = Round(turn, prompt.input_ids.tolist(), prompt.modality.tolist(), pictures)
+        # an answer that was cut short ends here
         if self.rounds and self.rounds[-1].ids[-1] != self.tokenizer.eos:
             self.rounds[-1].ids.append(self.tokenizer.eos)
         self.make_room(len(this.ids), max_new_tokens)
