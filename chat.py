@@ -51,8 +51,7 @@ from vision import (
     write_whole)
 
 DEFAULT = Path("out/best")
-WIDTH = 512           # of each picture that /look draws
-ORANGE = 255, 120, 0  # where the answer looked
+WIDTH = 512  # of each picture that /look draws
 HELP = """Write a question. A picture file that it names is attached to it.
   /image a.jpg "b c.png"   attach pictures to the next question; alone: no pictures
   /look                    where the last answer looked, drawn over each picture (MMCA)
@@ -542,18 +541,18 @@ def look(chat):
     # the row from which the answer's first token came, and that of its last token, which gave none
     start = len(ids) - len(last.ids) + len(last.modality) - 1
     stop = max(start + 1, len(ids) - 1)
-    count = len(model.language_model.model.layers)
+    decoder = model.language_model.model
     layers = []
 
     def note(module, inputs):
         # once a layer: an interrupt may leave this hook behind, and then it does nothing
-        if not isinstance(module, LlamaAttention) or len(layers) == count:
+        if not isinstance(module, LlamaAttention) or len(layers) == len(decoder.layers):
             return
         # words alone: what was kept of the pictures is in the cache
         x, cos, sin, pattern, cache = inputs
         q = rotate(module.heads(module.q_proj(x)), cos, sin)                # (1, H, n, d)
         k, _ = cache.all_images()                                           # (1, K, N P, d)
-        mask = pattern.image_mask[:, :, start - stop:]                      # (1, 1, rows, N P)
+        mask = pattern.image_mask.to(q.device)[:, :, start - stop:]         # (1, 1, rows, N P)
         weights = softmax(q[:, :, start - stop:], k, mask)                  # (1, H, rows, N P)
         layers.append(weights.float().mean((0, 1, 2)).cpu())                # (N P)
 
@@ -583,9 +582,8 @@ def look_sheet(looked, config):
     for i, (n, path, part) in enumerate(looked):
         panel = fit(load_image(path), config).resize((WIDTH, WIDTH))
         opacity = Image.fromarray(heat[i].byte().view(side, side).numpy())
-        panel.paste(ORANGE, mask=opacity.resize(panel.size))
-        caption = f"image {n}: {part.sum():.0%}"
-        ImageDraw.Draw(panel).text((8, 8), caption, "red", font_size=24)
+        panel.paste("orange", mask=opacity.resize(panel.size))
+        ImageDraw.Draw(panel).text((8, 8), f"image {n}: {part.sum():.0%}", "red", font_size=24)
         sheet.paste(panel, (i * WIDTH, 0))
     return sheet
 
