@@ -397,12 +397,13 @@ class Both(Chat):
         return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_word_in_fixed_shapes_is_a_word_read(kind, graphs):
-    """30 random conversations: pictures first, last, several, none, rounds taken back and let go, sizes doubled in between"""
+    """15 random conversations: pictures first, last, several, none, rounds taken back and let go, sizes doubled in between"""
     model, seen = tiny_model(kind).double(), Counter()
     model.language_model.config.max_position_embeddings = 1200
-    for seed in range(30):
+    for seed in range(15):
         dice, talk = random.Random(seed), as_on_gpu(Both(model, TOKENIZER))
         for _ in range(dice.randrange(3, 8)):
             pictures = dice.choices(PICTURES, k=dice.choice([0, 0, 1, 1, 3, 8]))
