@@ -289,6 +289,7 @@ def obey(chat, line, attached, answering):
     """Do what a line says. attached: the pictures that wait for the next question, changed here.
     answering: what `Chat.ask` takes beside question and pictures"""
     command, _, rest = line.strip().partition(" ")
+    # /home/me/cat.jpg is no command
     if not re.fullmatch("/[a-z]*", command):
         pictures, question = attachments(line)
         if not question:
@@ -298,6 +299,7 @@ def obey(chat, line, attached, answering):
             say(f"{len(attached)} pictures attached; ask about them")
             return
         tokens = chat.ask(question, attached + pictures, **answering)
+        # the question has been said: whatever becomes of the answer, they are not asked again
         attached.clear()
         if chat.notice:
             say(chat.notice)
@@ -323,6 +325,7 @@ def obey(chat, line, attached, answering):
             say(f"image {n}, {path}: {weights.sum():.0%} of what was looked at")
         say("look.png shows where")
     elif command == "/image":
+        # read before any is attached: one that cannot be would spoil every question to come
         for path in paths:
             chat.look_at(path)
         if not paths:
