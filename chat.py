@@ -54,7 +54,7 @@ DEFAULT = Path("out/best")
 WIDTH = 512  # of each picture that /look draws
 HELP = """Write a question. A picture file that it names is attached to it.
   /image a.jpg "b c.png"   attach pictures to the next question; alone: no pictures
-  /look                    where the last answer looked, drawn over each picture (MMCA)
+  /look                    where the last answer looked, drawn over each picture in look.png (MMCA)
   /undo                    take the last round back
   /clear                   begin a new conversation; pictures stay known
   /save talk.json          write the conversation in the form that train.py reads
@@ -118,7 +118,7 @@ class Chat:
 
         Wherever the generator is stopped the conversation stays consistent: an answer cut short
         gets its `</s>` before the next round. A question that was not read to its end has not been
-        said. InputError, and nothing has changed, if a picture cannot be read or the question is
+        said. InputError, and no round is added, if a picture cannot be read or the question is
         longer than the context."""
         pictures = [self.look_at(image) for image in images]
         turn = Turn(question, None, [str(image) for image in images])
@@ -188,8 +188,9 @@ class Chat:
                 self.steps[size] = FixedStep(self.model, self.cache, size, self.compiled)
             return self.steps[size](token)
         except (RuntimeError, OSError, CalledProcessError) as error:
-            # of a driver, a compiler, memory: a slower answer is better than none. To note a graph
-            # adds an error of its own to that of the cause
+            # of a driver, a compiler, memory: a slower answer is better than none, first with
+            # layers as they are, at the next error without a graph. A capture that fails adds an
+            # error of its own to that of the cause
             reason = printable(reason_of(error.__context__ or error))
             what = "compiled layers" if self.compiled else "a graph"
             print(f"chat.py: without {what} from here on, slower ({reason})", file=sys.stderr)
@@ -202,7 +203,7 @@ class Chat:
         """A picture file -> what is kept of it. By its content it is known wherever it comes again;
         of all that are known the least recently used are forgotten first. InputError if it cannot
         be read."""
-        if not Path(path).is_file():  # a device would never end
+        if not Path(path).is_file():  # /dev/zero would be read for ever
             raise InputError(f"picture {path} cannot be read: no such file")
         key = hashlib.sha256(Path(path).read_bytes()).digest()
         kept = self.known.pop(key, None)
@@ -218,9 +219,10 @@ class Chat:
         return kept
 
     def make_room(self, new, answer):
-        """Where the context is too full for `new` tokens and an answer of at most `answer`, let the
-        oldest rounds go: what is left is read anew, as if the conversation had begun there. That
-        costs as much as all of it, so it is done seldom: a quarter of the context gets free."""
+        """Where the context is too full for `new` tokens and an answer of at most `answer` (a
+        quarter of the context is enough), let the oldest rounds go: what is left is read anew, as
+        if the conversation had begun there. That costs as much as all of it, so it is done seldom:
+        a quarter of the context gets free."""
         self.notice = None
         room = self.context - len(self.head) - new - 1
         if room < 1:
@@ -428,7 +430,7 @@ class FixedStep:
     def forward(self):
         """The word in `state` goes into the cache -> logits of the next (V)"""
         token, words, images = self.state                                   # (), (), ()
-        place = torch.arange(self.cache.size, device=token.device)          # (length)
+        place = torch.arange(self.cache.size, device=token.device)          # (cache.size)
         # the places that are held, with that of the new word
         held = place[:self.words_stop] <= words                             # (size)
         shown = place[self.images_start:] >= self.cache.size - images       # (size)
@@ -444,8 +446,8 @@ class FixedStep:
         return language.lm_head(x[0, 0]).float()                            # (V)
 
     def capture(self):
-        """Note the kernels of `forward` in a graph. Layers are compiled for that moment: replaying
-        needs no Python, and a question's length differs from time to time"""
+        """The kernels of `forward` as a graph. Layers are compiled for that moment alone: else,
+        as lengths differ from question to question, each would be compiled again and again"""
         layers = [*self.model.language_model.model.layers, *(self.model.cross_attention or [])]
         graph = torch.cuda.CUDAGraph()
         try:
@@ -454,7 +456,7 @@ class FixedStep:
                 for layer in layers:
                     layer.forward = torch.compile(layer.forward, dynamic=False)
             with torch.cuda.device(self.state.device):
-                # what happens at a first call alone, compiling above all, cannot be noted
+                # what happens at a first call alone, compiling above all, cannot be captured
                 self.forward()
                 with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
                     self.logits = self.forward()                            # (V)
@@ -467,6 +469,7 @@ class FixedStep:
     def __call__(self, token):
         """The next word's id -> logits of the one after it (V), good until the next call"""
         cache = self.cache
+        # notes its modality behind what is held, where nothing looks yet
         cache.append(torch.tensor([[TEXT]], device=self.state.device))
         self.state.copy_(torch.tensor([token, cache.num_words, cache.num_image_tokens]))
         if self.graph is None:
@@ -492,7 +495,7 @@ def attachments(line):
 
     def take(match):
         path = match[2] or re.sub(r"\\(.)", r"\1", match[3])
-        # where no blanks are written a name may begin behind the last character of that script
+        # in a script without blanks (Chinese) a name may follow a letter
         for name in (path, re.search("(?<=[^\\0-~])[!-~]+$|$", path)[0]):
             if os.path.isfile(os.path.expanduser(name)):
                 pictures.append(os.path.expanduser(name))
@@ -530,8 +533,10 @@ def save(chat, file):
 def look(chat):
     """Where the last answer looked: (number, path, weights (P)) of each picture in the context.
 
-    The weights are MMCA's second softmax, whose rows sum to one over all image tokens, as the mean
-    over heads, layers and the rows from which the answer's tokens came: so they sum to one, too."""
+    The weights are those of MMCA's second softmax. In each row they sum to one over all image
+    tokens, and so does their mean over heads, layers and the rows from which the answer's tokens
+    came. `/look` draws them over what the model sees of each picture, the more orange the more was
+    looked there (`look_sheet`)."""
     model = chat.model
     in_places = isinstance(model.vision_model, ViT) and model.projection_kind != "perceiver"
     if model.attention != "mmca" or not in_places:
@@ -541,14 +546,14 @@ def look(chat):
     if not pictures:
         raise InputError("no picture has been shown")
     last = chat.rounds[-1]
-    # the row from which the answer's first token came, and that of its last token, which gave none
+    # the row from which the answer's first token came; stop: the last token's row, which gave none
     start = len(ids) - len(last.ids) + len(last.modality) - 1
     stop = max(start + 1, len(ids) - 1)
     decoder = model.language_model.model
     layers = []
 
     def note(module, inputs):
-        # once a layer: an interrupt may leave this hook behind, and then it does nothing
+        # a hook that an interrupt left behind finds its layers full, and does nothing
         if not isinstance(module, LlamaAttention) or len(layers) == len(decoder.layers):
             return
         # words alone: what was kept of the pictures is in the cache

@@ -72,11 +72,11 @@ def encode(conversation, tokenizer, image_tokens, shown=None, max_length=None, m
         It is.                     287 450 272 466               287 450 272 466      1 1 1 1
         </s>                       2                             2                    1
 
-    labels are ids in answers and their `</s>`, -100 elsewhere: that the label of a position is
-    predicted one position before is the model's affair. A last answer of None leaves the round
-    open. shown: None begins a conversation; a number continues one in which so many pictures have
-    been shown. The rounds from the first on that would pass max_length tokens or max_images
-    pictures are left out whole and counted: half an answer would teach to stop in the middle."""
+    labels are ids in answers and their `</s>`, -100 elsewhere; they are not shifted here: model.py
+    does that. A last answer of None leaves the round open. shown: None begins a conversation; a
+    number continues one in which so many pictures have been shown. From the first round that would
+    pass max_length tokens or max_images pictures on, rounds are left out whole and counted: half an
+    answer would teach to stop in the middle."""
     rows = []  # (id, label, modality): made in one place, the three cannot drift apart
     images = []
     fitting = 0
@@ -85,7 +85,8 @@ def encode(conversation, tokenizer, image_tokens, shown=None, max_length=None, m
     def add(piece, kind=TEXT, trained=False):
         rows.extend((i, i if trained else -100, kind) for i in piece)
 
-    # every piece is tokenized by itself: nothing that is written in a question becomes markup
+    # pieces are tokenized one by one, in which `<image>` and `</s>` are ordinary characters, and
+    # `quote` indents a line that begins with ###: nothing that is written becomes markup
     if shown is None:
         add([tokenizer.bos] + tokenizer.encode(SYSTEM))
     for turn in conversation:
@@ -114,7 +115,7 @@ def encode(conversation, tokenizer, image_tokens, shown=None, max_length=None, m
 
 
 def quote(text):
-    """Text can never become markup: a line of it that begins like a heading of the template is
+    """Text that can never become markup: a line that begins like a heading of the template is
     indented by a blank"""
     return re.sub("^###", " ###", text, flags=re.MULTILINE)
 
@@ -125,8 +126,8 @@ def quote(text):
 # wording, a caption, an order), anew in each epoch. `DATASETS`, below, names both.
 
 def llava(pictures, key, record, rest):
-    """A record of LLaVA's, about one picture or none. The picture stands at the marker in the text;
-    without a marker before the first question."""
+    """A record of LLaVA's, about one picture or none. The picture is shown before the question that
+    holds the marker; if none does, before the first."""
     messages = record["conversations"]
     shown = [f"{pictures}/{record['image']}"] if record.get("image") else []
     rounds = []
@@ -151,12 +152,14 @@ def as_written(rounds, rng):
 def concatenate(conversations, factor, rng):
     """Simple concatenation (the post, 4.1): shuffle, and join groups of 1 to `factor`, their sizes
     drawn uniformly by rng, a random.Random. Every conversation is used once. Returns conversations;
-    `encode` numbers their pictures."""
+    `encode` numbers their pictures. So three conversations of LLaVA become one sample by chance
+    (its factor is 3, see CONCATENATE), and none comes twice in an epoch, unless the next sample
+    stands in for one whose picture cannot be read (`Samples`)."""
     order = rng.sample(conversations, len(conversations))
     groups = []
     start = 0
     while start < len(order):
-        # the last group takes what is left, mostly fewer than drawn
+        # the last group takes what is left, perhaps fewer than drawn
         stop = start + rng.randint(1, factor)
         groups.append(list(chain(*order[start:stop])))
         start = stop
@@ -167,10 +170,13 @@ def blend_llava_otter(rounds, pictures, about, rng):
     """LLaVA-Otter blending (the post, 4.2): some conversations about each picture by itself, then
     rounds about all.
 
-    rounds: those about all pictures, without pictures; about: for each picture a list of
-    conversations. At least one conversation of each list, of the last also none, and at least one
-    round are drawn by rng, a random.Random. Each picture is shown once, in order: with its first
-    conversation, or with the first round. Returns a conversation."""
+    rounds: those about all pictures (what pictures stand in them is ignored); about: for each
+    picture a list of conversations. At least one conversation of each list, of the last also none,
+    and at least one round are drawn by rng, a random.Random. Each picture is shown once, in order:
+    with its first conversation, or with the first round. Returns a conversation.
+
+    So a pair of Otter's (CGD) is used where each of its pictures but the last has a conversation in
+    one of LLaVA's three files, found by the name of the picture; else the record is left out."""
     conversation = []
     unseen = []
     for number, (picture, conversations) in enumerate(zip(pictures, about), 1):
@@ -199,10 +205,9 @@ def shown_first(pictures, rounds):
 
 
 class Epoch:
-    """All samples of one epoch, a sequence of conversations: grouped, shuffled and drawn by
-    (seed, epoch) and the index of each conversation in its set, by nothing else, so that any number
-    of workers and processes sees the same. parts: for each set the indices that are used, None for
-    all of all."""
+    """All samples of one epoch, a sequence of conversations: grouped, shuffled and drawn by seed,
+    epoch, name of the set and index in it alone, so that any number of workers and processes sees
+    the same. parts: for each set the indices that are used; None: all."""
 
     def __init__(self, sets, parts, seed, epoch):
         self.sets = sets
@@ -386,7 +391,8 @@ def find(folder, name):
 
 
 def published(name, make, args, left_out):
-    """The rounds of the records in a data set's files. make: as in `each`, but for the pictures"""
+    """The rounds of the records in a data set's files. make: as in `each`, with the pictures before
+    the key"""
     for row in re.findall(f"^{name} (.*)", FILES, re.MULTILINE):
         file, field, pictures = row.split()
         file = find(args.data_path, file)
@@ -466,7 +472,7 @@ the sixth image, the seventh image, the eighth image""".splitlines()
 
 
 def first_round(rounds, rng):
-    """LLaVA's detailed descriptions and complex reasoning have no other"""
+    """LLaVA's detailed descriptions and complex reasoning, as the original reads them"""
     return rounds[:1]
 
 
@@ -482,7 +488,7 @@ def minigpt4(pictures, key, record, rest):
 
 
 def coco_caption(pictures, key, record, rest):
-    """COCO's captions, five or so a picture, asked for in the same words"""
+    """COCO's captions, five or so a picture, asked for in the words of DESCRIBE, too"""
     image = f"{pictures}/{record['filename']}"
     captions = [sentence["raw"] for sentence in record["sentences"]]
     return [Turn(request, text, [image]) for request in DESCRIBE for text in captions]
@@ -531,8 +537,8 @@ def mimicit(pictures, key, record, rest):
 
 
 def mimicit_cgd(pictures, key, record, rest, about=None):
-    """MIMIC-IT's CGD, pairs of COCO's pictures. about: what LLaVA says about each, if it must for
-    all but the last"""
+    """MIMIC-IT's CGD, pairs of COCO's pictures. about: LLaVA's conversations by picture; if given,
+    all pictures but the last need one"""
     names = [name.removeprefix("CGD_IMG_") for name in texts(record["image_ids"])]
     images = [f"{pictures}/{name}.jpg" for name in names]
     if about is not None and not all(image in about for image in images[:-1]):
@@ -546,7 +552,7 @@ def in_any_order(rounds, rng):
 
 
 def llava_otter_blend(args, left_out):
-    """CGD's pairs with what LLaVA says about their pictures"""
+    """Reads CGD's pairs, with LLaVA's conversations about each of their pictures"""
     about = {}
     for name in ("llava", "llava_dial"):
         for rounds in published(name, llava, args, left_out):
@@ -558,7 +564,7 @@ def llava_otter_blend(args, left_out):
 
 
 def blended(record, rng):
-    """The post's section 4.2"""
+    """Draws a conversation by `blend_llava_otter`"""
     rounds, about = record
     return blend_llava_otter(rounds, rounds[0].images, about, rng)
 
@@ -608,7 +614,7 @@ def own(folder, key, talk, rest):
     "answer": "..."}, one object for each round; paths of pictures are relative to the file."""
     rounds = []
     for said in talk:
-        # else a picture would be left out for a letter, without a word
+        # else a misspelt "images" would silently lose its pictures
         unknown = said.keys() - {"answer", "images", "question"}
         if unknown:
             raise ValueError(f"{min(unknown)!r} is none of answer, images, question")
@@ -618,7 +624,8 @@ def own(folder, key, talk, rest):
 
 
 # name -> (what makes the rounds of a record, what draws a conversation of them). A new data set is
-# a row here, one in FILES for each file, and mostly one function
+# a row here, one in FILES for each file, one in SOURCES for a new folder, and mostly one function
+# (`llava_otter_blend` alone reads its files itself)
 DATASETS = {
     # the nine of the post
     "llava": (llava, first_round),
@@ -665,7 +672,7 @@ def look_through(file):
     places = {}
     end = 0
     with open(file, "rb") as source:
-        # of a map the system holds what there is room for, the process nothing
+        # mapped: the process itself holds nothing of a file of tens of GB
         text = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
     # each entry begins where the one before has ended: none is passed over
     while match := ENTRY.match(text, end):
@@ -698,6 +705,7 @@ class Packed:
         return len(self.ends) - 1
 
     def __getitem__(self, index):
+        # beyond the last, numpy's IndexError ends a `for` over the list
         return pickle.loads(self.block[self.ends[index]:self.ends[index + 1]])
 
 
@@ -708,7 +716,7 @@ class DataSet:
     records: Packed
     converse: object  # (record, rng) -> conversation
     factor: int       # of concatenation
-    left_out: list    # "id: why"
+    left_out: list    # "id: why", "picture: no such picture"
 
 
 def read_datasets(args):
@@ -742,7 +750,7 @@ def read_dataset(name, factor, amount, args):
         found = random.Random(f"samples {args.seed} {name}").sample(found, amount)
     kept = []
     for record in found:
-        # one inside a picture file is there
+        # base64 in a picture file is there
         missing = [image for image in pictures_of(converse(record, random.Random(0)))
                    if isinstance(image, str) and not os.path.exists(image)]
         if missing:
@@ -761,8 +769,8 @@ def hold_out(count, fraction, seed):
 
 
 def read_data(args):
-    """What is trained on and what is measured on -> the Epoch of each epoch; one of each data set
-    of which a part is held out. InputError if hardly anything is left."""
+    """What is trained on and what is measured on -> an Epoch for each epoch of the training, an
+    Epoch for each data set of which a part is held out. InputError if hardly anything is left."""
     if args.eval_datasets and not args.eval_path:
         raise InputError("--eval_datasets are read from --eval_path: name that folder too")
     sets = read_datasets(args)
@@ -790,7 +798,7 @@ def elsewhere(args):
     names = [name if name in DATASETS else str(args.eval_path / Path(name).name) for name in names]
     return argparse.Namespace(
         data_path=args.eval_path, out=args.out, datasets=names, samples=["all"], seed=args.seed,
-        # it is about --datasets: of others each conversation is a sample
+        # it is about --datasets: others take the original's factors
         concatenate=None if args.eval_datasets else args.concatenate)
 
 

@@ -39,7 +39,8 @@ def attention_matrix(query_modality, key_modality, kind="mmca"):
 
     query_modality (B, Tq), key_modality (B, Tk): PAD, TEXT or IMAGE; the queries are the last Tq of
     the Tk positions. kind "mmca" or "cross": 1 where text meets text at or before it and where an
-    image token meets itself, 2 where text meets an image token before it, 0 elsewhere. kind
+    image token meets itself (under "cross" no such row passes the decoder), 2 where text meets an
+    image token before it, 0 elsewhere. kind
     "causal": 1 at or before. Padding neither sees nor is seen. Returns M (B, Tq, Tk) of int64.
     ValueError if kind is not known."""
     if kind not in ("mmca", "causal", "cross"):
@@ -52,8 +53,8 @@ def attention_matrix(query_modality, key_modality, kind="mmca"):
     past = (key <= query) & (q * k != PAD)                                  # (B, Tq, Tk)
     if kind == "causal":
         return past.long()                                                  # (B, Tq, Tk)
-    # a word sees words with the first softmax and image tokens with the second, which TEXT and
-    # IMAGE are numbered after; an image token sees itself with the first
+    # TEXT and IMAGE are the numbers of the softmaxes: a word sees words with 1, image tokens with
+    # 2; an image token sees itself with 1
     return past * torch.where(q == TEXT, k, key == query)                   # (B, Tq, Tk)
 
 
@@ -63,8 +64,8 @@ def softmax(q, k, keep):
     "." removes an entry before the softmax; a row that has none left is zero. q (B, H, Tq, d),
     k (B, K, Tk, d), keep (B, 1, Tq, Tk) -> (B, H, Tq, Tk)"""
     scores = q @ _shared(k, q).transpose(2, 3) / q.shape[3] ** 0.5          # (B, H, Tq, Tk)
-    # the least number there is, not -inf: a row of nothing else would be NaN. So it is even, and
-    # zero by what follows
+    # the least number there is, not -inf: a row with nothing to keep would be NaN. Times keep it
+    # is zero
     scores = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)       # (B, H, Tq, Tk)
     return scores.softmax(3) * keep                                         # (B, H, Tq, Tk)
 
@@ -110,7 +111,7 @@ class Pattern:
 
     def arrange(self, x):
         """x (B, T, ...) in reading order -> (B, n + m, ...), words first; fillers hold the last
-        row's numbers: where x is labels, the -100 that ends them"""
+        row's numbers: where x is labels, the -100 that model.py puts at their end"""
         place = self.positions - self.queries.start                         # (B, n + m)
         return x[self.batch, place.clamp(max=x.shape[1] - 1)]               # (B, n + m, ...)
 
@@ -127,7 +128,8 @@ def make_pattern(query_modality, key_modality, kind="mmca", fill=1):
     conversation that goes on, B is 1. Image tokens are filled up to a multiple of fill.
 
     A rule of your own about what words see of the pictures is an edit of the comparison that makes
-    image_mask, and of `attention_matrix`: `python mmca.py` shows whether the two agree."""
+    image_mask, and of `attention_matrix`: `python mmca.py` shows whether the two agree. On a GPU
+    also of `shown` in chat.py's FixedStep, by which an answer's words are read."""
     Tk = key_modality.shape[1]
     start = Tk - query_modality.shape[1]
     # CA knows no pictures: their tokens are words like others, padding stays what it is
@@ -136,12 +138,12 @@ def make_pattern(query_modality, key_modality, kind="mmca", fill=1):
 
     all_words = _positions(TEXT, key_modality)                              # (B, all words)
     all_images = _positions(IMAGE, key_modality)                            # (B, all images)
-    # fill: a GPU's kernels take masks whose rows are multiples of 8. flip: the newest stands first,
-    # as in a cache, which they fill from its end: so what a cache holds of them is one slice, and
-    # the new ones stand before it
+    # fill: a GPU's kernels take masks whose rows are multiples of 8.
+    # flip: the newest stands first, as in a cache, which they fill from its end. So what a cache
+    # holds of them is one slice, and the new ones stand before it
     all_images = F.pad(
         all_images, (0, -all_images.shape[1] % fill), value=Tk).flip(1)     # (B, all images)
-    # of these the rows of this pass
+    # of these the rows of this pass (with start 0 all, else B is 1)
     words = all_words[:, all_words[0] >= start]                             # (B, n)
     images = all_images[:, all_images[0] >= start]                          # (B, m)
 
@@ -170,8 +172,8 @@ def attend(q, k, v, pattern, cache=None):
     those of the new rows; the earlier come from it.
 
     That an image token sees itself alone is not asked of M, but said here: its result is its own v,
-    and so `LlamaAttention` makes no query for it. A rule by which it sees more needs both: the
-    formula does it (tests/experiment.py)."""
+    and so `LlamaAttention` makes no query for it. A rule by which it sees more needs a query and a
+    softmax: the formula has both (tests/experiment.py)."""
     n = q.shape[2]
     # copies: torch.compile (2.13, seen on a CPU) takes strides of slices for constants, and the
     # next shape fails
@@ -213,8 +215,8 @@ def reads_pictures_once(kind):
 # ---- what serves it ------------------------------------------------------------------------------
 
 def _positions(which, modality):
-    """Where in modality (B, T) which stands -> (B, as many as the fullest batch row has), in order,
-    filled up with T"""
+    """The positions of `which` in modality (B, T) -> (B, as many as the fullest batch row has), in
+    order, filled up with T"""
     T = modality.shape[1]
     position = torch.arange(T, device=modality.device)                      # (T)
     # what is not asked for counts as at T, behind every position, where nothing sees it: image

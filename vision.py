@@ -7,6 +7,10 @@ clip/model.py; Qwen-VL (arXiv:2308.12966), visual.py beside its weights. Module 
 the published weights, which load without a table. Not here: the projection into the language model,
 and the reading of weights (model.py).
 
+Another tower takes a config with hidden_size and image_tokens, a branch in `read_vit_config`, a
+module with config, blocks (its layers, for LoRA and compiling), untrained and
+gradient_checkpointing, and a line in model.py's make_vit.
+
 Shapes: N images, S pixels a side, P tokens of an image (patches and the class token), Dv width, H
 heads, d head width.
 """
@@ -32,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 def preprocess(image, config):
     """PIL RGB -> (3, S, S) float32, exactly as CLIP does: the numbers of what `fit` leaves of the
-    picture, with mean 0 and deviation 1. config: what `read_preprocessing` gives."""
+    picture, less CLIP's mean, divided by its deviation. config: what `read_preprocessing` gives."""
     pixels = torch.from_numpy(np.array(fit(image, config))).float()         # (S, S, 3)
     # mean and deviation over the pictures that CLIP was trained on, from 0 to 1
     mean = torch.tensor(config["image_mean"])                               # (3)
@@ -42,9 +46,9 @@ def preprocess(image, config):
 
 
 def fit(image, config):
-    """PIL picture -> the S x S picture that the model sees: resized until the shorter side is as
-    long as `size` says, or with height and width both sides are, and of that the middle; black
-    surrounds a smaller picture."""
+    """PIL picture -> the S x S picture that the model sees: resized so that the shorter side is
+    shortest_edge, or to height and width; then its middle is cut out, with black around a smaller
+    one."""
     size = config["size"]
     if "shortest_edge" in size:
         # the other side is cut to an integer, not rounded, as CLIP does
@@ -369,7 +373,8 @@ def make_config(kind, what, file, section):
 
 
 def count_image_tokens(projection, vision):
-    """P: how many positions a picture takes, projection and vision tower being these"""
+    """P: how many positions a picture takes with a projection and the sizes of a vision tower; the
+    perceiver's are the queries of `Resampler`"""
     return 256 if projection == "perceiver" else vision.image_tokens
 
 
@@ -431,11 +436,11 @@ def load_image(path):
     It is turned as its EXIF orientation says (CLIP's own code does not: a phone's photograph would
     lie on its side), transparency is laid on white, of an animation the first frame is taken.
     InputError with path and reason if it cannot be read, is more than 500 times as long as wide, or
-    has 32 bits a pixel, of which nobody says what is white."""
+    has 32 bits a value, of which nobody says what is white."""
     try:
         source = embedded(*path) if isinstance(path, tuple) else path
         with Image.open(source) as image:
-            # with a shorter side of S pixels all of a thread would take gigabytes
+            # resized, a very thin picture would take gigabytes
             if max(image.size) > 500 * min(image.size):
                 raise InputError("it is more than 500 times as long as wide; cut out what matters")
             # a file with a name is mapped, and a mapped TIFF is turned wrong (Pillow 13.0)
@@ -462,7 +467,7 @@ def upright_rgb(image):
     with suppress(Exception):
         turn = image.getexif().get(ExifTags.Base.Orientation)
     if image.mode in ("I", "F"):
-        raise InputError("it has 32 bits a pixel, of which nobody says what is white; save it with "
+        raise InputError("it has 32 bits a value, of which nobody says what is white; save it with "
                          "8 or 16")
     # Pillow would cut off all above 255
     if image.mode.startswith("I;16"):
@@ -581,8 +586,8 @@ def write_whole(file, text):
 
 
 def checkpoint_path(path):
-    """A path, OUT/best or in it followed: train.py writes best as a file with the name of the best
-    checkpoint"""
+    """A path, in which OUT/best, a file that train.py writes with the name of the best checkpoint,
+    is replaced by that"""
     path = Path(path)
     for best in (path, path.parent):
         if best.name == "best" and best.is_file():

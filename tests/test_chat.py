@@ -165,6 +165,9 @@ def test_when_the_context_is_full_the_oldest_rounds_are_let_go(kind):
             assert len(talk.said()[0]) <= 300 * 3 / 4 + 9 + 1, "a quarter is free for the rounds that follow"
         first = talk.first
         assert_cache_is_one_pass(talk)
+        if kind == "mmca" and talk.said()[2]:
+            shown = list(enumerate((path for r in talk.rounds for path in r.turn.images), 1))
+            assert [part[:2] for part in look(talk)] == shown[-len(talk.said()[2]):], "pictures keep their numbers"
     assert len(notices) >= 2
     while talk.rounds:
         talk.undo()

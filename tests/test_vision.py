@@ -143,7 +143,7 @@ def test_pixels_of_16_bits_are_as_a_viewer_shows_them_and_those_of_32_are_refuse
         Image.fromarray((ramp * 257).astype(np.uint16)).save(tmp_path / name)
         assert (np.asarray(load_image(tmp_path / name))[..., 0] == ramp).all(), name
     for name in ("f01.tif", "i32.tif"):
-        with pytest.raises(InputError, match=f"{name} cannot be read: it has 32 bits a pixel.* save it with 8 or 16"):
+        with pytest.raises(InputError, match=f"{name} cannot be read: it has 32 bits a value.* save it with 8 or 16"):
             load_image(CASES / "modes" / name)
 
 
