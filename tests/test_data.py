@@ -80,6 +80,11 @@ def test_an_open_round_ends_where_the_answer_begins():
     assert whole.labels[len(open_.input_ids)] != -100
 
 
+def test_an_empty_answer_ends_too():
+    example = encode([Turn("Why?", "")], TOKENIZER, 3)
+    assert example.input_ids[-1] == example.labels[-1] == TOKENIZER.eos and (example.labels != -100).sum() == 1
+
+
 def test_rounds_encoded_one_by_one_are_the_conversation():
     joined = encode(CATS[:1], TOKENIZER, 3).input_ids.tolist() + encode(CATS[1:], TOKENIZER, 3, shown=1).input_ids.tolist()
     assert joined == encode(CATS, TOKENIZER, 3).input_ids.tolist()

@@ -15,8 +15,8 @@ from bench import activations, describe
 from mmca import IMAGE, TEXT, make_pattern
 from data import Tokenizer
 import model as model_file
-from model import (KVCache, Llama, LlamaConfig, VisualChat, add_lora, choose_device, load_llama, load_vit, make_vit,
-                   read_llama_config)
+from model import (KVCache, Llama, LlamaConfig, VisualChat, add_lora, choose_device, load_llama, load_vit, make_projection, make_vit,
+                   read_llama_config, rotary)
 from vision import InputError, ViTConfig, read_preprocessing
 
 KINDS = "mmca", "causal", "cross"
@@ -53,6 +53,7 @@ def test_a_configuration_without_later_fields_is_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     read = read_llama_config(tmp_path)
     assert (read.num_key_value_heads, read.head_dim, read.rope_theta, read.tie_word_embeddings) == (4, 16, 10000.0, False)
+    assert (read.rms_norm_eps, read.max_position_embeddings) == (1e-6, 2048), "transformers' own"
 
 
 @pytest.mark.parametrize("change", [{"rope_theta": None}, {"rope_theta": 10000}, {"head_dim": None}, {"num_key_value_heads": 2, "attention_bias": None},
@@ -334,6 +335,36 @@ def test_a_layer_is_one_graph_whatever_the_size_of_the_batch(kind, rank, monkeyp
             torch.testing.assert_close(step(n), expected[n], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype, places", [(torch.bfloat16, 3), (torch.float16, 3), (torch.float32, 4)])
+def test_positions_are_turned_into_angles_in_float32_whatever_the_format(dtype, places):
+    """By the formula in float64; a bfloat16 knows no odd number above 256"""
+    positions, config = torch.tensor([[0, 1, 255, 257, 1001, 4095]]), tiny_model().language_model.config
+    d = config.head_dim
+    angles = positions[0].double()[:, None] / config.rope_theta ** (torch.arange(0, d, 2).double() / d)
+    cos, sin = rotary(positions, config, dtype)
+    assert cos.dtype == sin.dtype == dtype
+    for got, first, second in ((cos, angles.cos(), angles.cos()), (sin, -angles.sin(), angles.sin())):
+        torch.testing.assert_close(got[0, 0].double(), torch.cat([first, second], 1), atol=5 * 10.0 ** -places, rtol=0)
+
+
+@pytest.mark.parametrize("rank, vision_rank", [(0, 0), (2, 0), (0, 2), (2, 2)])
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("kind, projection", [("mmca", "linear"), ("cross", "vit")])
+def test_what_counts_as_trained_gets_a_gradient_and_nothing_else_does(kind, projection, everything, rank, vision_rank):
+    model, (ids, modality) = tiny_model(kind), sequence("TTITTT")
+    model.projection = make_projection(projection, model.vision_model.config, model.language_model.config)
+    add_lora(model.language_model.model.layers, rank)
+    add_lora(model.vision_model.blocks, vision_rank)
+    model.set_trained(everything)
+    labels = torch.where(modality == TEXT, ids, -100)
+    labels[0, 2 + 17] = -100  # behind the picture
+    losses, _ = model(ids, modality, labels, torch.randn(1, 3, 56, 56), torch.tensor([0]))
+    losses.sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in model.named_parameters() if p.grad is not None}
+    assert any("vision_model" in name for name in trained) == (everything or vision_rank > 0)
+
+
 def test_gradients_reach_embedding_and_projection_through_frozen_weights():
     model, (ids, modality) = tiny_model(), sequence("TTITT")
     model.requires_grad_(False)
@@ -481,6 +512,21 @@ def test_what_was_trained_alone_opens_from_shards(tmp_path, monkeypatch):
     again, (ids, modality) = VisualChat.from_pretrained(tmp_path / "it"), sequence("TTITTT")
     features = torch.randn(1, 17, 64)
     torch.testing.assert_close(all_logits(again, ids, modality, features), all_logits(model, ids, modality, features), atol=1e-4, rtol=1e-4)
+
+
+def test_a_chain_of_what_was_trained_alone_opens_whole(tmp_path):
+    """Trained from what was itself trained alone: each link brings what it has, the later wins"""
+    bases, expected = (FIXTURES / "tiny-llama", FIXTURES / "tiny-clip"), load_llama(FIXTURES / "tiny-llama").state_dict()
+    for link, (name, value) in enumerate([("model.norm.weight", 3.0), ("model.embed_tokens.weight", 5.0), ("model.norm.weight", 7.0)]):
+        language, vision = load_llama(bases[0]), load_vit(bases[1])
+        model = VisualChat(vision, language).requires_grad_(False)
+        model.preprocessing = {}
+        language.get_parameter(name).requires_grad_(True).data.fill_(value)
+        expected[name] = torch.full_like(expected[name], value)
+        model.save_pretrained(tmp_path / f"{link}", None, bases)
+        bases = tmp_path / f"{link}/language_model", tmp_path / f"{link}/vision_model"
+    again = load_llama(bases[0]).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in expected.items())
 
 
 def test_the_tokens_that_end_an_answer_are_those_of_the_tokenizer(tmp_path):

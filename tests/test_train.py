@@ -23,7 +23,7 @@ from conftest import FIXTURES, ROOT, tiny_model
 from safetensors.torch import load_file
 
 from data import DATASETS, Epoch, Samples, Tokenizer, Turn, collate, encode, read_datasets
-from model import Llama, VisualChat, load_vit, plain_weights, read_llama_config, save_weights
+from model import Llama, VisualChat, load_llama, load_vit, plain_weights, read_llama_config, save_weights
 import train
 from train import batches, command_line, deal, engine_settings, finish_batch, own_device, parameter_groups, schedule, sentence_of
 from vision import InputError, checkpoint_path, fixed_positions
@@ -265,6 +265,44 @@ def test_a_tower_of_16_bit_bin_files_trains_under_zero_3(folder):
     weights = load_file(FIXTURES / "tiny-clip/model.safetensors")
     torch.save({name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}, folder / "tower/pytorch_model.bin")
     assert losses(run(folder, "--datasets", "llava_dial", "--batch_size", "4", "--max_steps", "1", "--eval_fraction", "0", "--vision_model", folder / "tower"))
+
+
+@pytest.mark.parametrize("two", [False, True])
+def test_a_step_takes_the_gradient_of_the_mean_over_all_trained_tokens(folder, two):
+    """AdamW hides a factor: with an eps of 1000 and a rate of 1000 its first step is the gradient itself. Against plain torch"""
+    talks = [[{"question": "Why?", "answer": "a cat " * n}] for n in (1, 2, 5, 9, 4)]
+    (folder / "text.json").write_text(json.dumps(talks))
+    (folder / "ds.json").write_text(json.dumps({"optimizer": {"params": {"eps": 1000}}, "gradient_clipping": 0.0}))
+    run(folder, "--datasets", folder / "text.json", "--batch_size", "5", "--micro_batch_size", "1", "--epochs", "1", "--eval_fraction", "0",
+        "--learning_rate", "1000", "--warmup", "0", "--zero_stage", "0", "--deepspeed_config", folder / "ds.json", two=two)
+    llama, tokenizer = load_llama(folder / "llama"), Tokenizer(FIXTURES / "tokenizer.model")
+    losses = []
+    for (said,) in talks:
+        example = encode([Turn(said["question"], said["answer"])], tokenizer, 17)
+        logits = llama(example.input_ids[None])[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, example.labels[1:], reduction="none")[example.labels[1:] != -100])
+    weight = llama.model.embed_tokens.weight
+    (gradient,) = torch.autograd.grad(torch.cat(losses).mean(), weight)
+    step = weight - load_llama(checkpoint_path(folder / "out/best/language_model")).model.embed_tokens.weight
+    assert gradient.abs().max() > 1e-3
+    torch.testing.assert_close(step, gradient, atol=1e-6, rtol=2e-3)
+
+
+def test_under_zero_3_a_perceiver_begins_as_written_and_a_missing_weight_is_named(folder):
+    (folder / "wide").mkdir()
+    shutil.copy(FIXTURES / "tokenizer.model", folder / "wide")
+    sizes = {"hidden_size": 128, "intermediate_size": 172, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 512}
+    (folder / "wide/config.json").write_text(json.dumps(sizes))
+    weights = Llama(read_llama_config(folder / "wide"))
+    save_weights(plain_weights(weights), folder / "wide/model.safetensors")
+    flags = ["--datasets", "llava_dial", "--batch_size", "4", "--epochs", "1", "--max_steps", "1", "--eval_fraction", "0", "--language_model",
+             folder / "wide", "--projection", "perceiver", "--learning_rate", "1e-30", "--overwrite"]
+    run(folder, *flags, two=True)
+    begun = load_file(checkpoint_path(folder / "out/best/projection.safetensors"))
+    for name in ("kv_proj", "attn.out_proj", "projection.1"):
+        assert begun[f"{name}.bias"].abs().max() < 1e-20 and 0.018 < begun[f"{name}.weight"].std() < 0.022, name
+    save_weights([part for part in plain_weights(weights) if part[0] != "model.norm.weight"], folder / "wide/model.safetensors")
+    assert "model.norm.weight is missing" in run(folder, *flags, fails=True)
 
 
 def test_cross_attention_takes_the_same_steps_on_two_processes(folder):
@@ -1072,6 +1110,26 @@ def test_the_learning_rate_rises_from_the_first_step_and_falls_to_zero():
     assert rates[:11] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1])
     assert rates[60] == pytest.approx(0.5) and rates[110] == pytest.approx(0) and rates[35] == pytest.approx((1 + 0.5 ** 0.5) / 2)
     assert schedule(0, 1, 1) == 1
+
+
+def test_the_recipe_is_that_of_the_paper(tmp_path, monkeypatch):
+    """AdamW with betas 0.9 and 0.95, no weight decay, clipping at 1, rate 1e-3, 10% warm-up, 128 samples a step, 6 epochs"""
+    (tmp_path / "ds.json").write_text("{}")
+    settings = settings_of(tmp_path)
+    assert settings["optimizer"] == {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.0, "torch_adam": True}}
+    assert settings["gradient_clipping"] == 1.0
+    monkeypatch.setattr(sys, "argv", ["train.py", "--language_model", "x", "--vision_model", "x"])
+    args = command_line()
+    assert (args.learning_rate, args.warmup, args.batch_size, args.epochs, args.max_length, args.max_images) == (1e-3, 0.1, 128, 6, 4096, 8)
+
+
+def test_every_weight_that_is_trained_is_in_one_group_of_the_optimizer():
+    model = tiny_model("cross")
+    for everything in (False, True):
+        model.set_trained(everything)
+        groups = parameter_groups(model, argparse.Namespace(learning_rate=1, embedding_learning_rate=2))
+        grouped = [id(p) for group in groups for p in group["params"]]
+        assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("given, rate", [(None, 0.5), (0.0, 0.0), (0.25, 0.25)])
