@@ -489,8 +489,9 @@ def attachments(line):
     ending = f"(?:{'|'.join(map(re.escape, endings))})"
     # from a quote to the next of its kind
     quoted = rf"""(["'])((?:(?!\1).)+{ending})\1"""
-    # cat.png in cat.png.bak or cat.pngx is no name; in cat.png. and cat.png's it is one
-    bare = rf"(?:file://)?((?:\\.|[\w./~-])+{ending})(?![a-z0-9_~/-]|\.\w)"
+    # cat.png in cat.png.bak or cat.pngx is no name; in cat.png. and cat.png's it is one. It begins
+    # where such characters begin: tried at each of them, a long line would take minutes
+    bare = rf"(?<![\w./~\\-])(?:file://)?((?:\\.|[\w./~-])+{ending})(?![a-z0-9_~/-]|\.\w)"
     pictures = []
 
     def take(match):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -586,6 +587,14 @@ def test_what_does_not_end_like_a_picture_is_a_word(tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (4, 4)).save("cat.png")
     assert attachments(line) == ([], line) and not capsys.readouterr().out.replace("(no picture .png: taken as a word)\n", "")
+
+
+@pytest.mark.parametrize("part", ["a", "a.", "'a.png ", "'", "\\a", ".png", "猫"])
+def test_a_long_line_is_looked_through_at_once(part):
+    """Each of its characters a few times, not as often as there are characters"""
+    began = time.process_time()
+    attachments(part * (20_000 // len(part)))
+    assert time.process_time() - began < 2
 
 
 @pytest.mark.slow
