@@ -137,6 +137,14 @@ def test_long_text_and_profiles_beside_the_pixels(tmp_path):
         assert load_image(tmp_path / name).getpixel((0, 0)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize("mode, clear", [("RGB", (0, 0, 255)), ("L", 7), ("P", 0), ("RGBA", None), ("LA", None)])
+def test_what_is_transparent_is_white(tmp_path, mode, clear):
+    """By a colour that stands for nothing, or by an alpha of its own"""
+    colour = {"RGB": (0, 0, 255), "L": 7, "P": 0, "RGBA": (0, 0, 255, 0), "LA": (7, 0)}[mode]
+    Image.new(mode, (4, 4), colour).save(tmp_path / "it.png", **({} if clear is None else {"transparency": clear}))
+    assert load_image(tmp_path / "it.png").getpixel((1, 1)) == (255, 255, 255)
+
+
 def test_pixels_of_16_bits_are_as_a_viewer_shows_them_and_those_of_32_are_refused(tmp_path):
     ramp = np.arange(256).reshape(16, 16)
     for name in ("short.png", "short.tif", "short.jp2"):
