@@ -5,6 +5,7 @@ import resource
 import shutil
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -558,6 +559,30 @@ def test_what_a_crash_has_left_beside_a_checkpoint_is_no_obstacle(tmp_path):
         tiny_model().save_pretrained(tmp_path / name)
     tiny_model("cross").save_pretrained(tmp_path / "it")
     assert [path.name for path in tmp_path.iterdir()] == ["it"] and VisualChat.from_pretrained(tmp_path / "it").attention == "cross"
+
+
+@pytest.mark.parametrize("name", ["pathlib.Path.rename", "shutil.rmtree"])
+@pytest.mark.parametrize("at", range(3))
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch, name, at):
+    """The old one or the new one, under its name or beside it; half of one never has its name"""
+    tiny_model().save_pretrained(tmp_path / "it")
+    module, function = {"pathlib.Path.rename": (Path, "rename"), "shutil.rmtree": (shutil, "rmtree")}[name]
+    real, calls = getattr(module, function), []
+
+    def killed(path, *rest, **more):
+        calls.append(path)
+        if len(calls) == at + 1:  # in the middle: something of it is gone
+            if function == "rmtree" and (path / "config.json").exists():
+                (path / "config.json").unlink()
+            raise KeyboardInterrupt
+        return real(path, *rest, **more)
+    monkeypatch.setattr(module, function, killed)
+    with suppress(KeyboardInterrupt):
+        tiny_model("cross").save_pretrained(tmp_path / "it")
+    found = {path.name: path for path in tmp_path.iterdir() if (path / "config.json").exists()}
+    assert "it" in found or len(found) > 0 and not (tmp_path / "it").exists()
+    for path in found.values():
+        VisualChat.from_pretrained(path)
 
 
 def test_a_weight_that_does_not_lie_in_one_piece_is_saved(tmp_path):
