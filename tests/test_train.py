@@ -273,7 +273,7 @@ def test_a_step_takes_the_gradient_of_the_mean_over_all_trained_tokens(folder, t
     talks = [[{"question": "Why?", "answer": "a cat " * n}] for n in (1, 2, 5, 9, 4)]
     (folder / "text.json").write_text(json.dumps(talks))
     (folder / "ds.json").write_text(json.dumps({"optimizer": {"params": {"eps": 1000}}, "gradient_clipping": 0.0}))
-    run(folder, "--datasets", folder / "text.json", "--batch_size", "5", "--micro_batch_size", "1", "--epochs", "1", "--eval_fraction", "0",
+    run(folder, "--datasets", folder / "text.json", "--batch_size", "5", "--micro_batch_size", "2", "--epochs", "1", "--eval_fraction", "0",
         "--learning_rate", "1000", "--warmup", "0", "--zero_stage", "0", "--deepspeed_config", folder / "ds.json", two=two)
     llama, tokenizer = load_llama(folder / "llama"), Tokenizer(FIXTURES / "tokenizer.model")
     losses = []
@@ -1130,6 +1130,29 @@ def test_every_weight_that_is_trained_is_in_one_group_of_the_optimizer():
         groups = parameter_groups(model, argparse.Namespace(learning_rate=1, embedding_learning_rate=2))
         grouped = [id(p) for group in groups for p in group["params"]]
         assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+def test_what_would_take_other_steps_may_not_change_on_resume(tmp_path, monkeypatch):
+    """Every flag of the command line but those that say where and how it is computed"""
+    free = {"out", "resume", "overwrite", "save_every", "save_trained_only", "workers", "micro_batch_size",
+            "gradient_checkpointing", "local_rank"}
+    monkeypatch.setattr(sys, "argv", ["train.py", "--language_model", "x", "--vision_model", "x"])
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: 1)
+    args = command_line()
+    args.out = tmp_path
+    with open(tmp_path / "log.jsonl", "w+") as log:
+        train.begin_log(log, False, args, [[1, 2]], [[3]], 7)
+        train.begin_log(log, True, args, [[1, 2]], [[3]], 7)
+        for name in vars(args):
+            changed = argparse.Namespace(**vars(args) | {name: "other"} if name != "deepspeed_config" else {**vars(args), name: FIXTURES / "tiny-llama/config.json"})
+            if name in free:
+                train.begin_log(log, True, changed, [[1, 2]], [[3]], 7)
+            else:
+                with pytest.raises(InputError, match=f"--resume: the --{name} was "):
+                    train.begin_log(log, True, changed, [[1, 2]], [[3]], 7)
+        for numbers in (([[1]], [[3]], 7), ([[1, 2]], [[3, 4]], 7), ([[1, 2]], [[3]], 8)):
+            with pytest.raises(InputError, match="--resume: the number"):
+                train.begin_log(log, True, args, *numbers)
 
 
 @pytest.mark.parametrize("given, rate", [(None, 0.5), (0.0, 0.0), (0.25, 0.25)])
