@@ -126,10 +126,10 @@ class Chat:
         shown = sum(len(r.turn.images) for r in self.rounds)
         prompt = encode([turn], self.tokenizer, self.model.image_tokens, shown)
         this = Round(turn, prompt.input_ids.tolist(), prompt.modality.tolist(), pictures)
-        # an answer that was cut short ends here
+        # one more for the `</s>` of an answer that was cut short, which ends here
+        self.make_room(len(this.ids) + 1, max_new_tokens)
         if self.rounds and self.rounds[-1].ids[-1] != self.tokenizer.eos:
             self.rounds[-1].ids.append(self.tokenizer.eos)
-        self.make_room(len(this.ids), max_new_tokens)
         logits = self.catch_up(this)                                        # (V)
         # only now has it been said: an interrupt before leaves the rounds as they were
         self.rounds.append(this)
@@ -487,8 +487,8 @@ def attachments(line):
     in quotes, or they are written "\\ "; marks around a name are not part of it."""
     endings = [".heic", ".heif", *Image.registered_extensions()]
     ending = f"(?:{'|'.join(map(re.escape, endings))})"
-    # from a quote to the next of its kind
-    quoted = rf"""(["'])((?:(?!\1).)+{ending})\1"""
+    # from a quote to the next of its kind; the apostrophe of Tom's is none
+    quoted = rf"""(?<![a-z])(["'])((?:(?!\1).)+{ending})\1"""
     # cat.png in cat.png.bak or cat.pngx is no name; in cat.png. and cat.png's it is one. It begins
     # where such characters begin: tried at each of them, a long line would take minutes
     bare = rf"(?<![\w./~\\-])(?:file://)?((?:\\.|[\w./~-])+{ending})(?![a-z0-9_~/-]|\.\w)"

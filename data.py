@@ -657,14 +657,13 @@ def picture_index(file, out):
     if it breaks off."""
     if not file.stat().st_size:
         raise InputError(f"{file} is empty")
-    version = file.stat().st_mtime_ns
-    place = out / f"{file.name}.index"
-    kept = read_json(place) if place.exists() else {}
-    if kept.get("version") != version:
-        kept = {"version": version, "places": look_through(file)}
+    # another file of the same name, or this one when it has changed, has an index of its own
+    status = file.stat()
+    place = out / f"{file.name}.{status.st_size}.{status.st_mtime_ns}.index"
+    if not place.exists():
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(place, json.dumps(kept))
-    return {name: (str(file), *where) for name, where in kept["places"].items()}
+        write_whole(place, json.dumps(look_through(file)))
+    return {name: (str(file), *where) for name, where in read_json(place).items()}
 
 
 def look_through(file):

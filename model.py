@@ -550,8 +550,10 @@ class KVCache:
     def advance(self, pattern):
         """After the last layer: only now the new tokens count as held (under "causal" all of them
         as words)."""
-        self.num_words += pattern.num_words
-        self.num_image_tokens += pattern.positions.shape[1] - pattern.num_words
+        # no call between the two: there an interrupt would leave one without the other
+        n = pattern.num_words
+        self.num_words += n
+        self.num_image_tokens += pattern.positions.shape[1] - n
 
     def truncate(self, length):
         """Hold the first `length` tokens at most"""

@@ -552,7 +552,7 @@ def test_streaming_never_prints_half_a_character_or_a_control_character():
     ("What is in cat.png?", "What is in ?"), ("Compare cat.png, and tell me", "Compare , and tell me"), ("cat.png: why?", ": why?"),
     ("What is in ./cat.png ?", "What is in ?"), ("{folder}/cat.png\tand", "and"), ("~/cat.png why", "why"), ("see <file://{folder}/cat.png>.", "see <>."),
     ('"my cat (1).png" why', "why"), ("my\\ cat\\ \\(1\\).png why", "why"), ("'my cat (1).png', \"it's.png\" and it's cat.png", ", and it's"),
-    ("“cat.png”", ""), ("(cat.png)", ""), ("[cat.png](cat.png)", ""), ("cat.png,cat.png and cat.png...", ", and ..."), ("cat.png's colour", "'s colour"),
+    ("What's in cat.png's corner?", "What's in 's corner?"), ("“cat.png”", ""), ("(cat.png)", ""), ("[cat.png](cat.png)", ""), ("cat.png,cat.png and cat.png...", ", and ..."), ("cat.png's colour", "'s colour"),
     ("猫 cat.png。", "猫 。"), ("这张cat.png是什么颜色", "这张是什么颜色"), ("cat.pngは何ですか", "は何ですか"), ("猫.PNG?", ""), ("image=cat.png+cat.png", "image=+"),
     ('cat.png what does f() do, and [] or ""?', 'what does f() do, and [] or ""?')])
 def test_files_of_pictures_are_attached_and_a_mark_around_a_name_is_not_part_of_it(tmp_path, monkeypatch, capsys, line, rest):

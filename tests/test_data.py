@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import FIXTURES, ROOT
 
-from data import (DATASETS, DESCRIBE, REASON, Epoch, Samples, Tokenizer, Turn, collate, concatenate, encode, hold_out,
+from data import (DATASETS, DESCRIBE, REASON, Epoch, Samples, Tokenizer, Turn, collate, concatenate, encode, hold_out, picture_index,
                   read_datasets)
 from mmca import IMAGE, PAD, TEXT
 from vision import InputError, load_image, read_preprocessing
@@ -351,23 +351,26 @@ def test_a_broken_picture_file_is_named(sets, broken):
 
 def test_the_index_of_a_picture_file_is_made_once(sets, monkeypatch):
     """Kept below --out, made anew when the file changes"""
-    file, index = sets / "MIMIC-IT/SD.json", sets / "out/SD.json.index"
+    file = sets / "MIMIC-IT/SD.json"
     first, _ = drafts("otter_mimicit_sd", sets)
-    written = index.stat().st_mtime_ns
+    (index,) = (sets / "out").iterdir()
     with monkeypatch.context() as patch:
         patch.setattr("data.look_through", None)  # the file is not looked through again
         drafts("otter_mimicit_sd", sets)
     pictures = json.loads(file.read_text())
     file.write_text(json.dumps(dict(reversed(pictures.items()))).replace("/", "\\/"))
     again, _ = drafts("otter_mimicit_sd", sets)
-    assert index.stat().st_mtime_ns != written
+    assert len(list((sets / "out").iterdir())) == 2 and index.name.startswith("SD.json.")
     assert [d(random.Random(0))[0].images for d in first] != [d(random.Random(0))[0].images for d in again]
     (file.parent / "x").write_bytes(base64.b64decode(pictures["SD_IMG_00000_1"]))
     same = load_image(again[0](random.Random(0))[0].images[0])
     assert same.tobytes() == load_image(file.parent / "x").tobytes(), "also where / is written as \\/"
     file.write_text(json.dumps({"large": "A" * (1 << 24), **pictures}, indent=1))
     assert load_image(drafts("otter_mimicit_sd", sets)[0][0](random.Random(0))[0].images[0]).tobytes() == same.tobytes()
-    assert [path.name for path in (sets / "out").iterdir()] == [index.name] and not (sets / "MIMIC-IT/SD.json.index").exists()
+    shutil.copytree(sets / "MIMIC-IT", sets / "elsewhere/MIMIC-IT")
+    (sets / "elsewhere/MIMIC-IT/SD.json").write_text(json.dumps({"other": pictures["SD_IMG_00000_1"]}))
+    indexes = [picture_index(folder / "MIMIC-IT/SD.json", sets / "out") for folder in (sets, sets / "elsewhere")]
+    assert len(indexes[0]) == 1 + len(pictures) and list(indexes[1]) == ["other"], "two of one name"
 
 
 def test_concatenation_uses_each_conversation_once_in_groups_of_equal_chance():
