@@ -130,7 +130,7 @@ def test_attend_is_the_formula(kind, text):
 @pytest.mark.parametrize("kind", KINDS)
 def test_attend_is_the_formula_for_random_patterns(kind):
     g = torch.Generator().manual_seed(1)
-    for seed in range(25):
+    for seed in range(12):
         B, T = torch.randint(1, 5, (), generator=g).item(), torch.randint(3, 40, (), generator=g).item()
         modality, Tq = random_modality(g, B, T), torch.randint(1, T + 1, (), generator=g).item()
         compare(modality, T, kind, H=4, K=[1, 2, 4][seed % 3], seed=seed)
