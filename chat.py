@@ -111,6 +111,7 @@ class Chat:
         """Begin a new conversation; pictures stay known"""
         self.rounds = []
         self.first = 0  # the rounds before it were let go, as `notice` says
+        self.notice = None
 
     def ask(self, question, images=(), max_new_tokens=256, **sampling):
         """One round: reads question and picture files -> a generator of the answer's token ids,
@@ -139,6 +140,8 @@ class Chat:
     def answer(self, this, logits, room, sampling):
         """Logits of the first token -> a generator of at most `room` tokens, each read when the
         next is asked for"""
+        # who asked has read it; of a question that was stopped it waits for the next
+        self.notice = None
         for n in range(room):
             if n:
                 logits = self.extend(this.ids[-1])                          # (V)
@@ -223,7 +226,6 @@ class Chat:
         quarter of the context is enough), let the oldest rounds go: what is left is read anew, as
         if the conversation had begun there. That costs as much as all of it, so it is done seldom:
         a quarter of the context gets free."""
-        self.notice = None
         room = self.context - len(self.head) - new - 1
         if room < 1:
             raise InputError(f"a question of {new} tokens is too long for a context of "
@@ -263,7 +265,7 @@ def pick(logits, temperature=0.0, top_p=1.0, generator=None):
     kept = probabilities.masked_fill(before >= top_p, 0)                    # (V)
     # drawn on the CPU, so that a seed gives the same everywhere
     drawn = torch.multinomial(kept.cpu(), 1, generator=generator)           # (1)
-    return int(order[int(drawn)])
+    return int(order[drawn])
 
 
 def stream(tokens, tokenizer):
@@ -521,7 +523,7 @@ def start_readline():
 
 def save(chat, file):
     """Write the conversation as JSON that data.py reads: pictures are named relative to the file"""
-    folder = os.path.dirname(os.path.abspath(file))
+    folder = Path(file).absolute().parent
     turns = []
     for r in chat.rounds:
         turns.append({
@@ -550,12 +552,13 @@ def look(chat):
     # the row from which the answer's first token came; stop: the last token's row, which gave none
     start = len(ids) - len(last.ids) + len(last.modality) - 1
     stop = max(start + 1, len(ids) - 1)
-    decoder = model.language_model.model
     layers = []
 
     def note(module, inputs):
+        if not isinstance(module, LlamaAttention):
+            return
         # a hook that an interrupt left behind finds its layers full, and does nothing
-        if not isinstance(module, LlamaAttention) or len(layers) == len(decoder.layers):
+        if len(layers) == len(model.language_model.model.layers):
             return
         # words alone: what was kept of the pictures is in the cache
         x, cos, sin, pattern, cache = inputs
@@ -625,9 +628,9 @@ def run_script(chat, script, out, answering):
             for question, *pictures in rounds:
                 shown = "".join(pictures)
                 try:
-                    paths = [Path(script).parent / path for path in shlex.split(shown)]
+                    paths = [script.parent / path for path in shlex.split(shown)]
                     tokens = chat.ask(question, paths, **answering)
-                except ValueError as error:  # an InputError, or a quote that does not end
+                except (ValueError, OSError) as error:  # such as a quote that does not end
                     tqdm.write(printable(f"{name}: {question!r} is left out: {error}"), sys.stderr)
                     continue
                 if chat.notice:

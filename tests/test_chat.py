@@ -153,7 +153,8 @@ def test_when_the_context_is_full_the_oldest_rounds_are_let_go(kind):
     model.language_model.config.max_position_embeddings = 300
     talk, notices, first = Chat(model, TOKENIZER), [], 0
     for n in range(12):
-        list(talk.ask(f"What is this, number {n}?", PICTURES[n % 4:n % 4 + 1] if n % 3 == 0 else [], 9))
+        tokens = talk.ask(f"What is this, number {n}?", PICTURES[n % 4:n % 4 + 1] if n % 3 == 0 else [], 9)
+        notice, _ = talk.notice, list(tokens)
         assert talk.cache.length < 300 and talk.first >= first and len(talk.rounds) == n + 1
         assert all(bool(r.pictures) == (bool(r.turn.images) and n >= talk.first) for n, r in enumerate(talk.rounds))
         if talk.first > first:
@@ -161,8 +162,8 @@ def test_when_the_context_is_full_the_oldest_rounds_are_let_go(kind):
             assert talk.rounds[talk.first].turn.question in said and f"number {talk.first - 1}?" not in said
             shown = sum(len(r.turn.images) for r in talk.rounds)
             assert f"### Image {shown}:" in said or not talk.said()[2]
-            assert talk.notice == f"the context of 300 tokens is full: rounds up to {talk.first} are let go, with their pictures"
-            notices.append(talk.notice)
+            assert notice == f"the context of 300 tokens is full: rounds up to {talk.first} are let go, with their pictures"
+            notices.append(notice)
             assert len(talk.said()[0]) <= 300 * 3 / 4 + 9 + 1, "a quarter is free for the rounds that follow"
         first = talk.first
         assert_cache_is_one_pass(talk)
@@ -175,6 +176,24 @@ def test_when_the_context_is_full_the_oldest_rounds_are_let_go(kind):
     assert talk.first == 0 and talk.said()[0] == talk.head
     list(talk.ask("From the beginning?", PICTURES[:1], 9))
     assert_cache_is_one_pass(talk)
+
+
+def test_what_was_let_go_is_said_also_if_the_question_is_stopped(monkeypatch):
+    """With the next one, and once"""
+    model = tiny_model()
+    model.language_model.config.max_position_embeddings = 300
+    talk = Chat(model, TOKENIZER)
+    while not talk.first:
+        with monkeypatch.context() as patch:
+            patch.setattr(talk.model, "extend", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                talk.ask("What is this?", PICTURES[:1], 9)
+        notice = talk.notice
+        tokens = talk.ask("What is this?", PICTURES[:1], 9)
+        assert talk.notice == notice
+        list(tokens)
+        assert talk.notice is None
+    assert "rounds up to 1" in notice or "rounds up to 2" in notice
 
 
 def test_undo_takes_the_last_round_back():
@@ -411,8 +430,9 @@ def test_a_word_in_fixed_shapes_is_a_word_read(kind, graphs):
         dice, talk = random.Random(seed), as_on_gpu(Both(model, TOKENIZER))
         for _ in range(dice.randrange(3, 8)):
             pictures = dice.choices(PICTURES, k=dice.choice([0, 0, 1, 1, 3, 8]))
-            list(talk.ask(dice.choice(["Why?", "What is this?", "long " * dice.randrange(300)]), pictures, dice.randrange(1, 7)))
+            tokens = talk.ask(dice.choice(["Why?", "What is this?", "long " * dice.randrange(300)]), pictures, dice.randrange(1, 7))
             seen["let go"] += talk.notice is not None
+            list(tokens)
             seen["no picture"] += not talk.cache.num_image_tokens
             if dice.random() < 0.2:
                 talk.undo()
@@ -743,7 +763,7 @@ def test_scripts_write_the_csv_of_the_original(tmp_path):
 def test_a_script_leaves_out_what_cannot_be_asked_and_loses_no_answer(tmp_path, monkeypatch, capsys):
     """Each answer is in the file when it is there, and a file that is there is not touched"""
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
-    script = {"one": [["Half a \ud83d character?"], ["And this?", "broken.png"], ["Or?", "nowhere.png"], ["So?", "'unclosed"], ["long " * 5000], ["Why?"]]}
+    script = {"one": [["Half a \ud83d character?"], ["And this?", "broken.png"], ["Or?", "nowhere.png"], ["Long?", "n" * 300 + ".png"], ["So?", "'unclosed"], ["long " * 5000], ["Why?"]]}
     (tmp_path / "ask.json").write_text(json.dumps(script))
     talk, out = Chat(tiny_model(), TOKENIZER), tmp_path / "a.csv"
     ask, seen = talk.ask, []
@@ -756,7 +776,7 @@ def test_a_script_leaves_out_what_cannot_be_asked_and_loses_no_answer(tmp_path, 
     rows = list(csv.reader(open(out, newline="")))
     assert [row[2] for row in rows[1:]] == ["Half a ? character?", "Why?"] and rows[1] in csv.reader(seen[1].splitlines())
     said = capsys.readouterr()
-    assert all(text in said.err for text in ("broken.png cannot be read", "nowhere.png cannot be read", "No closing quotation", "too long for a context"))
+    assert all(text in said.err for text in ("broken.png cannot be read", "nowhere.png cannot be read", "File name too long", "No closing quotation", "too long for a context"))
     assert said.out == f"2 answers in {out}\n"
     before = out.read_bytes()
     for name in ("a.csv", "no/a.csv", "."):
