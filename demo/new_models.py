@@ -74,7 +74,7 @@ def write_language_model(args, folder):
         shutil.copyfile(own, folder / own.name)
     else:
         sets = read_datasets(args)
-        conversations = Epoch(sets, [range(len(data.records)) for data in sets], args.seed, 0)
+        conversations = Epoch(sets, None, args.seed, 0)
         tokenizer = learn_tokenizer(conversations, config.vocab_size, folder / own.name)
     # the data may fill fewer pieces than are asked for, and an embedding without a piece is no use
     config.vocab_size = len(tokenizer)

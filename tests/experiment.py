@@ -91,7 +91,7 @@ def conversations(folder, datasets, seed, factors=None):
     """The conversations of some data sets in an order that the seed draws; factors: of concatenation"""
     args = argparse.Namespace(datasets=datasets, samples=["all"], concatenate=factors, seed=seed, data_path=folder, out=folder)
     sets = read_datasets(args)
-    return list(Epoch(sets, [range(len(data.records)) for data in sets], seed, 0))
+    return list(Epoch(sets, None, seed, 0))
 
 
 def held_out(data):
