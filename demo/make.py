@@ -63,10 +63,10 @@ def scene(rng):
     return {place: thing(rng) for place in PLACES if place in places}
 
 
-def scenes_of(count, rng):
+def scenes_of(count, rng, differ=DIFFER):
     """So many scenes, the second often made from the first"""
     scenes = [scene(rng) for _ in range(count)]
-    if count > 1 and rng.random() < DIFFER:
+    if count > 1 and rng.random() < differ:
         scenes[1] = changed(scenes[0], rng)
     return scenes
 
@@ -223,7 +223,7 @@ def about_all(scenes, names, rng, mix=MIX):
             return asked
 
 
-def rounds_about(scenes, names, shown, rng):
+def rounds_about(scenes, names, shown, rng, mix=MIX):
     """A round for each number in `shown`: so many more of the scenes are shown before its question -> for each round what
     is new, the question, the answer"""
     asked, seen = {}, 0
@@ -236,7 +236,7 @@ def rounds_about(scenes, names, shown, rng):
             elif seen == 1:
                 question, answer = about_one(scenes[0], rng)
             else:
-                question, answer = about_all(scenes[:seen], names, rng)
+                question, answer = about_all(scenes[:seen], names, rng, mix)
         asked[question] = new, question, answer
     return list(asked.values())
 
