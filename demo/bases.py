@@ -16,10 +16,14 @@ the vectors of those words, is thrown away: train.py begins with a projection of
 """
 import argparse
 import hashlib
+import os
 import random
 import sys
 import time
 from pathlib import Path
+
+# threads that wait for each other sleep: else other work on the same cores makes them very slow
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from sentencepiece import SentencePieceTrainer
@@ -48,6 +52,7 @@ LESSONS = [(1_250, (0, 1, 0), 3, 0, SELECT),
            (2_000, (1, 3, 2), 5, 0, COMPARE),
            (12_000, (1, 3, 3), 8, make.DIFFER, ALL)]
 TOWER_STEPS = 1_000
+TEXTS = 5_000  # conversations that the tokenizer learns from
 BATCH = 16  # conversations of a step
 SAVE_EVERY = 500  # steps
 WORDS = ["", "picture", "nothing", *make.PLACES, *make.SIZES, *make.COLOURS, *make.SHAPES,
@@ -130,7 +135,7 @@ def learn_tokenizer(file, rng):
     """Pieces of conversations, in LLaMA-2's style. The template is told as often as it occurs, so
     that it becomes few pieces"""
     lines = []
-    for turns in (about_some(rng, LESSONS[-1]) for _ in range(10_000)):
+    for turns in (about_some(rng, LESSONS[-1]) for _ in range(TEXTS)):
         lines += [SYSTEM, *(f"\n\n### Image {n}:" for n in range(1, 9))]
         for turn in turns:
             lines += ["\n\n### Question:", turn.question, "\n### Answer:", turn.answer]
@@ -161,8 +166,8 @@ def train(model, batch, total, file):
             optimizer.load_state_dict(content)
     began = time.process_time() - seconds
     for step in range(first, total):
+        factor = schedule(step, warmup=total // 50, total=total)
         for optimizer, rate in zip(optimizers, rates):
-            factor = schedule(step, warmup=total // 50, total=total)
             optimizer.param_groups[0]["lr"] = rate * factor
         losses, hits = model(**batch(step))                                 # (labels), (labels)
         losses.mean().backward()
@@ -235,12 +240,12 @@ def main():
         tokenizer = Tokenizer(args.out / "tokenizer.model")
         language = language_model(args.out, tokenizer, args.steps[0])
         model = vision_tower(args.out, tokenizer, language, args.steps[1])
-        model.bfloat16().save_pretrained(args.out / "made", tokenizer)
+        model.bfloat16().save_pretrained(args.out / "model", tokenizer)
     except (InputError, OSError) as error:
         print(printable(f"bases.py: {error}"), file=sys.stderr)
         sys.exit(2)
-    for file in sorted((args.out / "made").glob("*_model/*")):
-        print(hashlib.sha256(file.read_bytes()).hexdigest(), file)
+    for file in sorted((args.out / "model").glob("*_model/*")):
+        print(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file}")
 
 
 if __name__ == "__main__":

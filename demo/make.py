@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Draw the demo's pictures and write what is said about them in the file layouts of the real data sets.
 
-    python demo/make.py data/demo           train/ and held_out/, about different pictures: what train.py learns from
-    python demo/make.py data/bases --bases  what the two models of demo/ have learned from (demo/README.md)
+    python demo/make.py data/demo    train/ and held_out/, about different pictures: what train.py learns from
 
 A picture of 64 x 64 has one or two things in its quarters (the second of a pair can have three): shapes in colours and
 two sizes, digits, short words. Below train/, with N of 5,000 (--scenes):
@@ -27,7 +26,6 @@ from itertools import chain
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
-from sentencepiece import SentencePieceTrainer
 
 SIDE, FINE = 64, 2  # pixels of a picture; so many times finer it is drawn
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 50), "blue": (40, 70, 220)}
@@ -40,11 +38,6 @@ NAMES = [[f"image {c}" for c in letters] for letters in ("123", "123", "abc", "A
 DIFFER = 2 / 3  # share of the pairs whose second picture is the first with one change
 ROUNDS = 8  # of a conversation about several pictures
 NUMBERS = "None", "One", "Two", "Three", "Four", "Five"
-VISION = {"model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3,
-          "num_attention_heads": 4, "image_size": SIDE, "patch_size": SIDE // 2,
-          "initializer_range": 1.0}  # at the usual 0.02 the tower learns what stands in a picture, and not where
-LANGUAGE = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "vocab_size": 800, "max_position_embeddings": 1024}
 
 
 # ---- scenes: a dict of place -> thing, a thing is a tuple of words ---------------------------------------------------
@@ -212,7 +205,6 @@ def difference(scenes, names, rng):
 
 # how often they are drawn. Descriptions teach most, since they train most words; "which image" is learned last
 MIX = {which_image: 50, describe_one_of: 25, difference: 12, about_one_of: 10, more_things: 3}
-TEXT_MIX = {which_image: 33, describe_one_of: 15, difference: 20, about_one_of: 22, more_things: 10}  # for the language model
 
 
 def about_all(scenes, names, rng, mix=MIX):
@@ -359,81 +351,16 @@ def held_out(folder, count, rng):
         save(folder / f"{kind}.json", talks)
 
 
-def conversation(rng, most):
-    """Some rounds about one to `most` pictures, with words where pictures would stand. The words are a round of their own,
-    answered with the picture's number: under MMCA only what follows a picture can know it. In an album they stand before a
-    question about them, as where data.py joins conversations about single pictures"""
-    scenes, rounds, album = [], [], most == 1 or rng.random() < 0.2
-    names = rng.choice(NAMES)
-    for fresh in [1 if album else rng.randint(min(2, most), most), *rng.choices([0, 0, 0, 0, 0, 0, 1], k=rng.randint(5, 9))]:
-        new = [scene(rng) for _ in range(min(fresh, most - len(scenes)))]
-        if len(new) == 2 and rng.random() < 0.7:
-            new[1] = changed(new[0], rng)
-        if album:
-            text = "".join(f"{told(things)} " for things in new)
-        else:
-            text = ""
-            rounds += [{"question": told(things), "answer": f"Image {i}."} for i, things in enumerate(new, len(scenes) + 1)]
-        scenes += new
-        if not album and (names != NAMES[0] or rng.random() < 0.3):
-            text += introduced(names[len(scenes) - len(new):len(scenes)])
-        kind = rng.random()
-        if len(scenes) == 1 or album:
-            question, answer = (("Describe the image.", described(scenes[-1])) if kind < 0.3 else
-                                reasoning(scenes[-1], rng) if kind < 0.4 else about_one(scenes[-1], rng))
-        else:
-            question, answer = about_all(scenes, names[:len(scenes)], rng, TEXT_MIX)
-        if new or not any(earlier["question"].endswith(question) for earlier in rounds):
-            rounds.append({"question": text + question, "answer": answer})
-    return rounds
-
-
-def write_bases(folder, count, rng):
-    """one.json and text.json, `count` conversations each without pictures, about one and about up to three; describe.json,
-    a quarter as many pictures"""
-    (folder / "pictures").mkdir(parents=True)
-    pictured = []
-    for n in range(count // 4):
-        things, file = scene(rng), f"pictures/{n}.jpg"
-        draw(things, rng).save(folder / file, quality=95, subsampling=0)
-        pictured.append([{"images": [file], "question": "Describe the image.", "answer": described(things)},
-                         *({"question": q, "answer": a} for q, a in several(2, lambda: about_one(things, rng)))])
-    for file, content in (("describe", pictured), ("one", [conversation(rng, 1) for _ in range(count)]),
-                          ("text", [conversation(rng, 3) for _ in range(count)])):
-        (folder / f"{file}.json").write_text(json.dumps(content))
-    for model, sizes in (("vision_model", VISION), ("language_model", LANGUAGE)):
-        (folder / model).mkdir()
-        (folder / model / "config.json").write_text(json.dumps(sizes, indent=2))
-    lines = []
-    for talk in content[:10_000]:  # the template as often as it stands in conversations, so that it becomes few pieces
-        lines += ["You are a powerful vision-language assistant.", f"\n\n### Image {rng.randint(1, 8)}:\n\n### Question:"]
-        lines += [line for turn in talk for line in ("\n### Question:", turn["question"], "\n### Answer:", turn["answer"])]
-    with open(folder / "language_model/tokenizer.model", "wb") as file:
-        SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=file, vocab_size=LANGUAGE["vocab_size"],
-                                   model_type="bpe", byte_fallback=True, split_digits=True, minloglevel=2,
-                                   normalization_rule_name="identity", remove_extra_whitespaces=False)
-
-
-def told(things):
-    """A scene in shorthand, a word for each quarter, what is large in capitals: what stands where a picture would"""
-    def word(what):
-        if what[0] == "digit":
-            return f"digit{NUMBERS[int(what[1])].lower()}"
-        return "".join(what[1:]).upper() if what[0] == "large" else "".join(what[1:]) if len(what) == 3 else "".join(what)
-    return " ".join(["picture", *(f"{place[0]}{place.split()[1][0]}{word(things.get(place, ('nothing',)))}" for place in PLACES)])
-
-
 def main():
     """The command line"""
     parser = argparse.ArgumentParser(description="Draw the demo's pictures and write what is said about them.")
     parser.add_argument("out", type=Path, help="a new folder")
-    parser.add_argument("--bases", action="store_true", help="what the two bases learn from instead")
-    parser.add_argument("--scenes", type=int, help="N of train/ in the head of this file (5000; with --bases conversations, 100000)")
+    parser.add_argument("--scenes", type=int, default=5000, help="N of train/ in the head of this file (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of everything drawn (%(default)s)")
     args = parser.parse_args()
     # by this the data of another version, or of other flags, are known
     source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    made_by = f"make.py {source} bases {args.bases} scenes {args.scenes} seed {args.seed}\n"
+    made_by = f"make.py {source} scenes {args.scenes} seed {args.seed}\n"
     if args.out.exists():
         known = args.out / "made_by"
         if known.exists() and known.read_text() == made_by:
@@ -442,11 +369,8 @@ def main():
         parser.error(f"{args.out} is already there, not as this command makes it; remove it to draw it anew")
     unfinished = args.out.with_name(f".{args.out.name}.unfinished")  # a half of it is never taken for the whole
     shutil.rmtree(unfinished, ignore_errors=True)
-    if args.bases:
-        write_bases(unfinished, args.scenes or 100_000, random.Random(f"bases {args.seed}"))
-    else:
-        write(unfinished / "train", args.scenes or 5000, random.Random(f"train {args.seed}"))
-        held_out(unfinished / "held_out", min(150, args.scenes or 150), random.Random(f"held out {args.seed}"))
+    write(unfinished / "train", args.scenes, random.Random(f"train {args.seed}"))
+    held_out(unfinished / "held_out", min(150, args.scenes), random.Random(f"held out {args.seed}"))
     (unfinished / "made_by").write_text(made_by)
     unfinished.rename(args.out)
 

@@ -1,5 +1,6 @@
 """The demo's drawings, what is said about them, its two models, and new ones. python -m pytest tests/test_demo.py"""
 import argparse
+import hashlib
 import json
 import random
 import re
@@ -19,6 +20,7 @@ from model import load_llama, load_vit
 from vision import InputError
 
 sys.path.insert(0, str(ROOT / "demo"))
+import bases  # noqa: E402
 import make  # noqa: E402
 import new_models  # noqa: E402
 from new_models import learn_tokenizer  # noqa: E402
@@ -169,33 +171,68 @@ def test_the_bases_are_small_and_whole():
     assert len(Tokenizer(ROOT / "demo/language_model/tokenizer.model")) == language.config.vocab_size
 
 
-def test_the_text_of_the_language_model_says_what_its_words_stand_for():
+def test_what_the_language_model_is_told_answers_what_it_is_asked():
     """Questions about several pictures, answered again from the words alone that stand in their place"""
     number = {name.lower(): i for names in make.NAMES for i, name in enumerate(names)}
     checked, rng = Counter(), random.Random(0)
 
-    def word(said):
-        return re.sub(r"\d", lambda digit: make.NUMBERS[int(digit[0])].lower(), "".join(said.split()[1:]) or said)
+    def thing(said):
+        return " ".join(said.removeprefix("a ").removeprefix("the ").split()[-2:])
 
-    for _ in range(300):
-        shown = []  # place -> what is there, of each picture
-        for turn in make.conversation(rng, 3):
-            for words in re.findall(r"picture tl(\w+) tr(\w+) bl(\w+) br(\w+)", turn["question"]):
-                shown.append([one.lower() for one in words])
-            question, answer = turn["question"].lower(), turn["answer"].lower().rstrip(".")
+    for n in range(300):
+        shown = []  # the words of the quarters of each picture
+        for turn in bases.about_some(rng, bases.LESSONS[n % len(bases.LESSONS)]):
+            for rows in map(bases.tell, turn.images):
+                assert rows.shape == (5, 4)
+                first, *quarters = [" ".join(bases.WORDS[i] for i in row if i) for row in rows.tolist()]
+                assert first == "picture" and all(q.startswith(place) for q, place in zip(quarters, make.PLACES))
+                shown.append([thing(q.removeprefix(place).strip()) for q, place in zip(quarters, make.PLACES)])
+            question, answer = turn.question.lower(), turn.answer.lower().rstrip(".")
             if asked := re.search(r"which image has (.*)\?", question):
-                assert [word(asked[1]) in things for things in shown] == [i == number[answer] for i in range(len(shown))], turn
+                assert [thing(asked[1]) in things for things in shown] == [i == number[answer] for i in range(len(shown))], turn
             elif asked := re.search(r"which has more things, (.*) or (.*)\?", question):
                 counts = [4 - shown[number[name]].count("nothing") for name in asked.groups()]
                 assert answer == ("neither" if counts[0] == counts[1] else asked[1 + (counts[1] > counts[0])]), turn
             elif asked := re.search(r"what is at the (.*) in (.*)\?", question):
-                assert word(answer) == shown[number[asked[2]]][make.PLACES.index(asked[1])], turn
+                assert thing(answer) == shown[number[asked[2]]][make.PLACES.index(asked[1])], turn
             elif asked := re.search(r"how many things are in (.*)\?", question):
                 assert answer == make.NUMBERS[4 - shown[number[asked[1]]].count("nothing")].lower(), turn
-            elif question.startswith("picture") and answer.startswith("image"):
-                assert answer == f"image {len(shown)}", turn
             checked[re.sub(" (a|the|in) .*|,.*", "", question.rpartition(". ")[2])] += bool(asked)
+        assert 1 <= len(shown) <= 3
     assert min(checked[kind] for kind in ("which image has", "which has more things", "what is at", "how many things are")) > 30, checked
+
+
+def made(monkeypatch, out, *flags):
+    """demo/bases.py of a few steps -> its exit code, 0 if it came to its end"""
+    monkeypatch.setattr(sys, "argv", ["bases.py", str(out), "--steps", "7", "3", *flags])
+    try:
+        bases.main()
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+def test_both_bases_are_made_from_nothing_and_by_one_that_was_stopped_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bases, "SAVE_EVERY", 2)
+    monkeypatch.setattr(bases, "TEXTS", 300)
+    assert made(monkeypatch, tmp_path / "whole") == 0
+    said = capsys.readouterr().out
+    for part in ("language_model", "vision_model"):
+        for file in (tmp_path / "whole/model" / part).iterdir():
+            assert f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file}" in said
+        assert {file.name for file in (tmp_path / "whole/model" / part).iterdir()} == {file.name for file in (ROOT / "demo" / part).iterdir()}
+
+    # stopped behind five of seven steps of the first training, and, gone on with from its fourth, behind two of the second's
+    for stop in (5, 5):
+        steps = iter(range(stop))
+        schedule = bases.schedule
+        with monkeypatch.context() as patch:
+            patch.setattr(bases, "schedule", lambda step, **sizes: (next(steps), schedule(step, **sizes))[1])
+            with pytest.raises(StopIteration):
+                made(monkeypatch, tmp_path / "stopped")
+    assert made(monkeypatch, tmp_path / "stopped") == 0
+    whole, stopped = content(tmp_path / "whole/model"), content(tmp_path / "stopped/model")
+    assert whole == stopped
 
 
 def test_a_tokenizer_learned_from_data(tmp_path):
