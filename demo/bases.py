@@ -21,6 +21,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 # threads that wait for each other sleep: else other work on the same cores makes them very slow
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -39,18 +40,28 @@ from train import schedule  # noqa: E402
 from vision import (InputError, ViT, number, preprocess, read_preprocessing,  # noqa: E402
                     read_vit_config)
 
-# Which of several pictures is asked about is what takes longest to learn, and is learned first
-# where it is all that matters: in few rounds about two pictures that have little in common.
-# Until which step: how often one, two, three pictures; rounds; how often a pair differs in one
-# thing alone; questions, and how often
+# Which of several pictures is meant takes longest to learn. It is learned first where nothing else
+# matters: in few rounds about two pictures that have little in common
 SELECT = {make.describe_one_of: 60, make.about_one_of: 40}
 COMPARE = {make.describe_one_of: 45, make.about_one_of: 35, make.which_image: 10,
            make.difference: 5, make.more_things: 5}
-ALL = {make.which_image: 33, make.describe_one_of: 15, make.difference: 20,
-       make.about_one_of: 22, make.more_things: 10}
-LESSONS = [(1_250, (0, 1, 0), 3, 0, SELECT),
-           (2_000, (1, 3, 2), 5, 0, COMPARE),
-           (12_000, (1, 3, 3), 8, make.DIFFER, ALL)]
+ALL = {make.which_image: 38, make.describe_one_of: 13, make.difference: 20,
+       make.about_one_of: 20, make.more_things: 9}
+
+
+class Lesson(NamedTuple):
+    """What is learned up to a step of the language model's training"""
+    until: int      # this step
+    pictures: list  # how often one, two, three
+    rounds: int     # of a conversation
+    differ: float   # share of pairs whose second picture is the first with one change
+    named: float    # share of conversations that give the pictures names, as "image b"
+    mix: dict       # of questions about several pictures
+
+
+LESSONS = [Lesson(1_250, [0, 1, 0], 3, 0, 0, SELECT),
+           Lesson(2_000, [1, 3, 2], 5, 0, 0.1, COMPARE),
+           Lesson(7_000, [1, 3, 3], 8, make.DIFFER, 0.3, ALL)]
 TOWER_STEPS = 1_000
 TEXTS = 5_000  # conversations that the tokenizer learns from
 BATCH = 16  # conversations of a step
@@ -63,19 +74,18 @@ WORDS = ["", "picture", "nothing", *make.PLACES, *make.SIZES, *make.COLOURS, *ma
 
 def about_some(rng, lesson):
     """Rounds about one to three scenes, that are shown at once or one after the other"""
-    _, shares, rounds, differ, mix = lesson
-    count, = rng.choices((1, 2, 3), shares)
+    count, = rng.choices((1, 2, 3), lesson.pictures)
     if count == 1:
-        return about_one(rng, rounds)
-    scenes = make.scenes_of(count, rng, differ)
-    shown = [0] * rounds
-    later = sorted((rng.randrange(rounds), rng.randrange(rounds)))
+        return about_one(rng, lesson.rounds)
+    scenes = make.scenes_of(count, rng, lesson.differ)
+    shown = [0] * lesson.rounds
+    later = sorted(rng.choices(range(lesson.rounds), k=2))
     for start in rng.choice([(0, 0, 0), (0, 0, 0), (0, 0, later[0]), (0, *later)])[:count]:
         shown[start] += 1
     # by other names than their headings' a text has to introduce them
-    names = rng.choice(make.NAMES)
+    names = rng.choice(make.NAMES) if rng.random() < lesson.named else make.NAMES[0]
     number, turns = 0, []
-    for new, question, answer in make.rounds_about(scenes, names, shown, rng, mix):
+    for new, question, answer in make.rounds_about(scenes, names, shown, rng, lesson.mix):
         if names != make.NAMES[0]:
             question = make.introduced(names[number:number + len(new)]) + question
         number += len(new)
@@ -197,7 +207,7 @@ def language_model(out, tokenizer, total):
     def batch(step):
         rng = random.Random(f"language model {step}")
         # a shorter training has each lesson shorter
-        lesson = next(one for one in LESSONS if step * LESSONS[-1][0] < one[0] * total)
+        lesson = next(one for one in LESSONS if step * LESSONS[-1].until < one.until * total)
         talks = [about_some(rng, lesson) for _ in range(BATCH)]
         return batch_of(talks, tokenizer, model.image_tokens, tell)
 
@@ -229,7 +239,7 @@ def main():
     parser = argparse.ArgumentParser(description="Make the demo's two models from nothing.")
     parser.add_argument("out", type=Path, help="the folder of both; what it holds is gone on with")
     parser.add_argument("--steps", type=number(int, 1), nargs=2, metavar=("LANGUAGE", "TOWER"),
-                        default=(LESSONS[-1][0], TOWER_STEPS),
+                        default=(LESSONS[-1].until, TOWER_STEPS),
                         help="of the trainings (default: %(default)s)")
     args = parser.parse_args()
     # rounding hangs on how many threads share a sum
