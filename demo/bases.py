@@ -38,7 +38,7 @@ from data import SYSTEM, Tokenizer, Turn, collate, encode, printable  # noqa: E4
 from model import Llama, VisualChat, read_llama_config  # noqa: E402
 from train import schedule  # noqa: E402
 from vision import (InputError, ViT, number, preprocess, read_preprocessing,  # noqa: E402
-                    read_vit_config)
+                    read_vit_config, write_whole)
 
 # Which of several pictures is meant takes longest to learn. It is learned first where nothing else
 # matters: in few rounds about two pictures that have little in common
@@ -141,6 +141,19 @@ def batch_of(conversations, tokenizer, image_tokens, show):
 
 # ---- the trainings -------------------------------------------------------------------------------
 
+def begin(out, steps):
+    """The folder of the results, new or of the same command; InputError if it is of another"""
+    out.mkdir(parents=True, exist_ok=True)
+    sources = b"".join(Path(file).read_bytes() for file in (__file__, make.__file__))
+    made_by = f"bases.py and make.py {hashlib.sha256(sources).hexdigest()} steps {steps}\n"
+    known = out / "made_by"
+    if not known.exists() and not any(out.iterdir()):
+        write_whole(known, made_by)
+    if not known.exists() or known.read_text() != made_by:
+        raise InputError(f"{out} is not a folder that this command has begun; remove it, or name "
+                         "another")
+
+
 def learn_tokenizer(file, rng):
     """Pieces of conversations, in LLaMA-2's style. The template is told as often as it occurs, so
     that it becomes few pieces"""
@@ -227,7 +240,8 @@ def vision_tower(out, tokenizer, language, total):
 
     def batch(step):
         rng = random.Random(f"vision tower {step}")
-        return batch_of([about_one(rng, 3) for _ in range(2 * BATCH)], tokenizer, model.image_tokens,
+        talks = [about_one(rng, 3) for _ in range(2 * BATCH)]
+        return batch_of(talks, tokenizer, model.image_tokens,
                         lambda things: preprocess(make.draw(things, rng), model.preprocessing))
 
     train(model, batch, total, out / "vision_tower.state")
@@ -239,13 +253,13 @@ def main():
     parser = argparse.ArgumentParser(description="Make the demo's two models from nothing.")
     parser.add_argument("out", type=Path, help="the folder of both; what it holds is gone on with")
     parser.add_argument("--steps", type=number(int, 1), nargs=2, metavar=("LANGUAGE", "TOWER"),
-                        default=(LESSONS[-1].until, TOWER_STEPS),
+                        default=[LESSONS[-1].until, TOWER_STEPS],
                         help="of the trainings (default: %(default)s)")
     args = parser.parse_args()
     # rounding hangs on how many threads share a sum
     torch.set_num_threads(2)
     try:
-        args.out.mkdir(parents=True, exist_ok=True)
+        begin(args.out, args.steps)
         learn_tokenizer(args.out / "tokenizer.model", random.Random("tokenizer"))
         tokenizer = Tokenizer(args.out / "tokenizer.model")
         language = language_model(args.out, tokenizer, args.steps[0])

@@ -234,6 +234,10 @@ def test_both_bases_are_made_from_nothing_and_by_one_that_was_stopped_the_same(t
     whole, stopped = content(tmp_path / "whole/model"), content(tmp_path / "stopped/model")
     assert whole == stopped
 
+    capsys.readouterr()
+    assert made(monkeypatch, tmp_path / "whole", "--steps", "7", "4") == 2, "a state of other steps is not gone on with"
+    assert capsys.readouterr().err == f"bases.py: {tmp_path}/whole is not a folder that this command has begun; remove it, or name another\n"
+
 
 def test_a_tokenizer_learned_from_data(tmp_path):
     conversations = [[Turn(f"what color is the {shape}?", color)] for shape in ("cat", "dog") for color in ("red", "blue")]
