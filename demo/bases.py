@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Make the demo's tokenizer, language model and vision tower from nothing.
 
-    python demo/bases.py out/bases    MINUTES on two cores; stopped, it goes on when started again
+    python demo/bases.py out/bases    about an hour on two cores; stopped, it goes on when started
+                                      again
 
 The same command on the same machine writes the same files, whose checksums it prints. In order:
 
@@ -155,8 +156,8 @@ def begin(out, steps):
 
 
 def learn_tokenizer(file, rng):
-    """Pieces of conversations, in LLaMA-2's style. The template is told as often as it occurs, so
-    that it becomes few pieces"""
+    """Learn the pieces of conversations and write them to file. The template stands among them as
+    often as it occurs, so that it becomes few pieces"""
     lines = []
     for turns in (about_some(rng, LESSONS[-1]) for _ in range(TEXTS)):
         lines += [SYSTEM, *(f"\n\n### Image {n}:" for n in range(1, 9))]
@@ -174,10 +175,11 @@ def train(model, batch, total, file):
     """Train the parts of a model that are not frozen for `total` steps, on what batch(step) gives.
     The state in `file` is begun with, and written every SAVE_EVERY steps"""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    # Muon learns to tell pictures apart in half the steps, but is for matrices between layers alone
-    inner = [p for name, p in trained.items() if ".layers." in name and p.ndim == 2]
-    others = [p for p in trained.values() if not any(p is one for one in inner)]
-    optimizers = [torch.optim.Muon(inner, lr=0.01, weight_decay=0),
+    # Muon learns which picture is meant in fewer steps than AdamW, but is for inner matrices alone
+    inner = {name for name, p in trained.items() if ".layers." in name and p.ndim == 2}
+    matrices, others = ([p for name, p in trained.items() if (name in inner) == which]
+                        for which in (True, False))
+    optimizers = [torch.optim.Muon(matrices, lr=0.01, weight_decay=0),
                   torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.99), weight_decay=0)]
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     first, seconds = 0, 0
@@ -219,7 +221,7 @@ def language_model(out, tokenizer, total):
 
     def batch(step):
         rng = random.Random(f"language model {step}")
-        # a shorter training has each lesson shorter
+        # in a shorter training each lesson is
         lesson = next(one for one in LESSONS if step * LESSONS[-1].until < one.until * total)
         talks = [about_some(rng, lesson) for _ in range(BATCH)]
         return batch_of(talks, tokenizer, model.image_tokens, tell)
