@@ -30,7 +30,8 @@ import torch
 
 from mmca import IMAGE, PAD, TEXT
 from vision import (InputError, checkpoint_path, count_image_tokens, load_image, positive,
-                    preprocess, read_config, read_json, read_vit_config, write_whole)
+                    preprocess, read_checkpoint, read_config, read_json, read_vit_config,
+                    write_whole)
 
 SYSTEM = "You are a powerful vision-language assistant."
 
@@ -826,10 +827,11 @@ def arguments(description):
         said = help if default is None else f"{help} (default: %(default)s)"
         parser.add_argument(flag, default=default, help=said, **options)
 
-    add("--language_model", None, "LLaMA-2 in Hugging Face layout", type=checkpoint_path,
-        required=True)
+    add("--language_model", None, "LLaMA-2 in Hugging Face layout", type=checkpoint_path)
     add("--vision_model", None, "CLIP's vision model, or Qwen-VL's alone or in its whole "
-        "checkpoint, in Hugging Face layout", type=checkpoint_path, required=True)
+        "checkpoint, in Hugging Face layout", type=checkpoint_path)
+    add("--checkpoint", None, "in the place of both: a folder that train.py wrote; its projection, "
+        "attention and features go on", type=checkpoint_path)
     add("--projection", "linear", "from features to word vectors",
         choices=["linear", "vit", "perceiver"])
     parser.add_argument("--no_class_token", dest="class_token", action="store_false",
@@ -847,6 +849,27 @@ def arguments(description):
     add("--seed", 1234, "of every random choice", type=int)
     add("--out", Path("out"), "where the results go", type=Path)
     return parser, add
+
+
+def parse(parser):
+    """The flags that were typed, and with --checkpoint what it says of its model, as if that had
+    been typed. Anything else is a sentence and exit code 2."""
+    try:
+        args = parser.parse_args()
+        if args.checkpoint:
+            model = read_checkpoint(args.checkpoint)
+            parser.set_defaults(**model)
+            # once more: what is now not as in the model was typed
+            args = parser.parse_args()
+            for name, value in model.items():
+                if getattr(args, name) != value:
+                    parser.error(f"the {name} of --checkpoint {args.checkpoint} is {value}, and a "
+                                 f"flag says {getattr(args, name)}: leave that flag out")
+    except ValueError as error:  # such as a quote in @FILE that does not end
+        parser.error(str(error))
+    if not (args.language_model and args.vision_model):
+        parser.error("--language_model and --vision_model are needed, or --checkpoint")
+    return args
 
 
 def limit_length(args):
@@ -907,7 +930,7 @@ def main():
     # a terminal that lacks a character
     sys.stdout.reconfigure(errors="replace")
     try:
-        show(parser.parse_args())
+        show(parse(parser))
     except (InputError, OSError) as error:
         parser.exit(2, printable(f"data.py: {error}\n"))
 

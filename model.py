@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 
 from mmca import IMAGE, TEXT, attend, image_term, make_pattern, reads_pictures_once
 from vision import (InputError, QwenConfig, QwenViT, Resampler, ViT, ViTLayer, apply,
-                    checkpoint_path, count_image_tokens, make_config, read_config, read_json,
-                    read_preprocessing, read_section, read_vit_config, reason_of)
+                    checkpoint_path, count_image_tokens, make_config, read_checkpoint, read_config,
+                    read_json, read_preprocessing, read_section, read_vit_config, reason_of)
 
 
 # ---- LLaMA-2 -------------------------------------------------------------------------------------
@@ -421,36 +421,37 @@ class VisualChat(nn.Module):
         """Open a checkpoint that `save_pretrained` wrote. The language model's layers are spread
         over the devices in order; the first has the vision tower, the last the head."""
         folder = checkpoint_path(folder)
-        config = read_json(folder / "config.json")
-        missing = {"attention", "projection", "feature_layer", "class_token"} - config.keys()
-        if missing:
-            raise InputError(f"{folder}/config.json is not that of a checkpoint of train.py: "
-                             f"{', '.join(sorted(missing))} missing")
+        has = read_checkpoint(folder)
         vision = load_vit(
-            folder / "vision_model",
+            has["vision_model"],
             dtype,
             devices[0],
-            config["feature_layer"],
-            config["class_token"])
-        language = load_llama(folder / "language_model", dtype, devices)
+            has["feature_layer"],
+            has["class_token"])
+        language = load_llama(has["language_model"], dtype, devices)
         # what is new in it is made nowhere before its weights come
         with torch.device("meta"):
-            model = cls(vision, language, config["attention"], config["projection"])
+            model = cls(vision, language, has["attention"], has["projection"])
+        model.load_joint(folder, dtype)
+        model.preprocessing = read_preprocessing(has["vision_model"], vision.config.image_size)
+        return model.eval()
+
+    def load_joint(self, folder, dtype=None):
+        """Fill what joins the two models, the projection and CrA's layers, from a checkpoint"""
+        language = self.language_model.model
         fill(
-            model.projection,
+            self.projection,
             weight_files(folder, "projection"),
             dtype=dtype,
-            place=lambda name: devices[0])
-        if model.cross_attention is not None:
+            place=lambda name: language.embed_tokens.weight.device)
+        if self.cross_attention is not None:
             # each beside the decoder layer that it stands before
             fill(
-                model.cross_attention,
+                self.cross_attention,
                 weight_files(folder, "cross_attention"),
                 dtype=dtype,
-                place=lambda name: language.model.layers[
+                place=lambda name: language.layers[
                     int(name.split(".")[0])].mlp.up_proj.weight.device)
-        model.preprocessing = read_preprocessing(folder / "vision_model", vision.config.image_size)
-        return model.eval()
 
     def save_pretrained(self, folder, tokenizer=None, bases=None):
         """Write a checkpoint. Bit-exact, but for LoRA, which is merged into plain weights.
@@ -460,9 +461,9 @@ class VisualChat(nn.Module):
             language_model/          config.json, model*.safetensors, tokenizer.model
             vision_model/            config.json, model*.safetensors, preprocessor_config.json
 
-        `from_pretrained` opens it for chat.py, with the attention it was trained with. train.py
-        begins from either folder, with a new projection, and transformers opens both (with LLaMA's
-        own, causal attention; the tower if it is CLIP's).
+        `from_pretrained` opens it for chat.py, with the attention it was trained with; train.py
+        goes on from it (--checkpoint), or begins from either folder with a new projection; and
+        transformers opens both (with LLaMA's own, causal attention; the tower if it is CLIP's).
 
         tokenizer: a data.Tokenizer, whose file is copied to language_model/. bases: the folders of
         language model and vision tower that were trained from; then the two folders hold only what

@@ -25,7 +25,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
 
 from data import (Samples, Tokenizer, Turn, arguments, check_fit, collate, encode, limit_length,
-                  printable, read_data)
+                  parse, printable, read_data)
 from model import VisualChat, add_lora, choose_device, is_main, load_llama, load_vit, size_of
 from vision import (InputError, number, positive, read_config, read_preprocessing, reason_of,
                     write_whole)
@@ -106,7 +106,7 @@ def command_line():
     add("--workers", type=number(int, 0, 65), default=2, metavar="N",
         help="that read pictures, for each process")
     add("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it
-    return parser.parse_args()
+    return parse(parser)
 
 
 @dataclass
@@ -167,6 +167,9 @@ def train(args, progress):
         begin_log(log, resumed, args, epochs, held_out, trained)
     if resumed:
         load_state(engine, args.out, progress)
+    elif args.checkpoint:
+        # on the same data this is the loss that the run it comes from ended with
+        measure(engine, held_out, tokenizer, args, progress, log, epoch=0)
 
     # ---- 7. loop ----
     resumed_at = progress.step
@@ -189,14 +192,13 @@ def train(args, progress):
             progress.broken += counts.broken
             must_be_finite(loss, f"loss of step {progress.step}", args)
             check_broken(progress, epochs[epoch])
-            log_step(log, bar, progress, loss, rate, counts, seconds)
+            log_step(log, engine, bar, progress, loss, rate, counts, seconds)
             # an epoch's last state waits until its weights are measured, and so a good one stays
             if progress.step % args.save_every == 0 and progress.step < last:
                 save_state(engine, progress, args)
 
         # ---- 8. end of an epoch: measure, state, checkpoint, best ----
-        scores = [evaluate(engine, samples, tokenizer, args) for samples in held_out]
-        held_out_loss = report(scores, held_out, args, progress, log)
+        held_out_loss = measure(engine, held_out, tokenizer, args, progress, log, epoch + 1)
         if progress.step > resumed_at:
             save_state(engine, progress, args)
         name = f"epoch-{epoch + 1}"
@@ -213,9 +215,10 @@ def train(args, progress):
     # ---- 9. end ----
     bar.close()
     if is_main():
-        # first of all the name: a half of a state is never taken for the whole
-        (args.out / "state/latest").unlink()
-        shutil.rmtree(args.out / "state")
+        remove(states(args.out))
+        # unless somebody's copy lies there
+        with suppress(OSError):
+            (args.out / "state").rmdir()
         print(f"{progress.step} steps; {progress.rounds_left_out} rounds left out (--max_length, "
               f"--max_images); the model is in {args.out}/best")
     dist.destroy_process_group()
@@ -241,10 +244,10 @@ def train_step(engine, micro_batches, trained_tokens):
     return total.item() / max(trained_tokens, 1)
 
 
-def log_step(log, bar, progress, loss, rate, counts, seconds):
+def log_step(log, engine, bar, progress, loss, rate, counts, seconds):
     """A step in the log and in the bar"""
     # a step in which nothing was to be learned has no loss
-    write(log, progress, epoch=progress.epoch + 1, loss=loss if counts.trained_tokens else None,
+    write(log, engine, progress, epoch=progress.epoch + 1, loss=loss if counts.trained_tokens else None,
           learning_rate=rate, **counts._asdict(), seconds=round(seconds, 4))
     bar.set_postfix_str(f"loss {loss:.4f}, rate {rate:.2e}, {counts.tokens / seconds:.0f} tokens/s")
     bar.update()
@@ -397,8 +400,10 @@ def evaluate(engine, samples, tokenizer, args):
     return Score(*sums.tolist())
 
 
-def report(scores, held_out, args, progress, log):
-    """Write Scores to log and terminal -> the mean held-out loss, inf if nothing is held out"""
+def measure(engine, held_out, tokenizer, args, progress, log, epoch):
+    """Evaluate after an epoch, 0 for none; the result goes to log and terminal -> the mean held-out
+    loss, inf if nothing is held out"""
+    scores = [evaluate(engine, samples, tokenizer, args) for samples in held_out]
     both = Score(*map(sum, zip([0] * 4, *scores)))
     if not both.answers:
         return math.inf
@@ -407,8 +412,7 @@ def report(scores, held_out, args, progress, log):
     exact = both.exact / both.answers
     shares = {samples.sets[0].name: score.exact / score.answers
               for samples, score in zip(held_out, scores) if score.answers}
-    epoch = progress.epoch + 1
-    write(log, progress, epoch=epoch, eval_loss=loss, eval_exact=exact, eval_exact_of=shares)
+    write(log, engine, progress, epoch=epoch, eval_loss=loss, eval_exact=exact, eval_exact_of=shares)
     if log:
         tqdm.write(f"epoch {epoch}: held-out loss {loss:.4f}, exact match {exact:.2%}")
         for name, share in shares.items() if len(shares) > 1 else ():
@@ -445,6 +449,11 @@ def make_model(args, device, deepspeed, settings):
         model = VisualChat(vision, language, args.attention, args.projection)
         add_lora(language.model.layers, args.lora_rank)
         add_lora(vision.blocks, args.vision_lora_rank)
+    if args.checkpoint:
+        model.load_joint(args.checkpoint)
+    elif is_main() and list(args.language_model.parent.glob("projection*.safetensors")):
+        print("the projection begins anew; --checkpoint "
+              f"{args.language_model.parent} goes on with the one there")
     language.model.gradient_checkpointing = args.gradient_checkpointing
     vision.gradient_checkpointing = args.gradient_checkpointing
     model.preprocessing = read_preprocessing(args.vision_model, vision.config.image_size)
@@ -664,7 +673,7 @@ def open_log(args):
         print(f"--out {out} cannot be locked ({reason_of(error)}): take care that no other run "
               "writes there")
     # a run that has ended has epochs and no state
-    ended = list(out.glob("epoch-*")) and not saved_step(out)
+    ended = numbered(out, "epoch") and not saved_step(out)
     # opened to append, the log says by its position how long it is
     if (log.tell() or remains(out)) and not (args.overwrite or args.resume and not ended):
         raise InputError(f"--out {out} already holds a run; name another folder, or add "
@@ -677,10 +686,30 @@ def open_log(args):
     return log
 
 
+def numbered(folder, kind):
+    """What a run has made in a folder, such as epoch-2; epoch-2-backup is somebody's copy"""
+    return [path for path in folder.glob(f"{kind}-*") if path.name[len(kind) + 1:].isdigit()]
+
+
+def states(out):
+    """What is there of a run's states, first of all the name: removed in this order, a half is
+    never taken for the whole"""
+    folder = out / "state"
+    return [*folder.glob("latest"), *numbered(folder, "step"), *folder.glob("zero_to_fp32.py")]
+
+
 def remains(out):
     """What an earlier run has left beside its log"""
-    return [path for kind in ("epoch-*", "best", "state", ".*.unfinished")
-            for path in out.glob(kind)]
+    return [*states(out), *out.glob("best"), *numbered(out, "epoch"), *out.glob(".*.unfinished")]
+
+
+def remove(paths):
+    """Remove files and folders"""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 # flags that change no step of a run, or nothing but its rounding
@@ -707,17 +736,21 @@ def begin_log(log, resumed, args, epochs, held_out, trained):
                                  f"{now[name]}; make it the same again, or begin anew with "
                                  "--overwrite")
         return
-    for path in remains(args.out):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    remove(remains(args.out))
     log.truncate(0)
     print(json.dumps({"step": 0, **now}), file=log, flush=True)
 
 
-def write(log, progress, **values):
+def write(log, engine, progress, **values):
     """A line of the log, where there is one. After --resume some steps come twice: the later line
-    is what holds"""
+    is what holds. Its numbers go to DeepSpeed's monitors too (TensorBoard, csv_monitor, ...), if
+    --deepspeed_config has any, as its own do: by samples"""
     if log:
         print(json.dumps({"step": progress.step, **values}), file=log, flush=True)
+    engine.monitor.write_events([
+        (f"Train/Samples/{name}", value, engine.global_samples)
+        for name, value in values.items()
+        if isinstance(value, (int, float))])
 
 
 def saved_step(out):
@@ -743,9 +776,7 @@ def save_state(engine, progress, args):
         # the latest. (DeepSpeed's own way of naming it could be cut in the middle)
         if is_main():
             write_whole(folder / "latest", name)
-            for earlier in folder.glob("step-*"):
-                if earlier.name != name:
-                    shutil.rmtree(earlier)
+            remove(path for path in numbered(folder, "step") if path.name != name)
     except (OSError, RuntimeError) as error:  # torch says RuntimeError when a disk is full
         raise InputError(f"the state of step {progress.step} cannot be written to {folder} (is the "
                          f"disk full?): {reason_of(error)}") from error

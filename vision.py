@@ -363,9 +363,28 @@ def qwen_config(visual, file):
                          "section visual") from error
 
 
+def read_checkpoint(folder):
+    """The model in a checkpoint that train.py wrote, under the names of train.py's flags: its two
+    folders, and from config.json how they are joined"""
+    model = {
+        "language_model": folder / "language_model",
+        "vision_model": folder / "vision_model"}
+    config = read_json(folder / "config.json")
+    try:
+        for name in ("attention", "projection", "feature_layer", "class_token"):
+            model[name] = config[name]
+    except KeyError as error:
+        raise InputError(f"{folder}/config.json is not that of a checkpoint of train.py: {error} "
+                         "missing") from error
+    return model
+
+
 def make_config(kind, what, file, section):
     """A dataclass of sizes from a section of a config.json; InputError names what is missing"""
     known = {f.name: section[f.name] for f in fields(kind) if f.name in section}
+    if "quantization_config" in section:
+        raise InputError(f"{file}: quantized weights are not supported, and quantization_config "
+                         "says that these are; take the model in 16 or 32 bits")
     try:
         return kind(**known)
     except TypeError as error:
@@ -499,13 +518,17 @@ STEPS = {
 
 
 def read_preprocessing(folder, image_size):
-    """preprocessor_config.json of a folder as a dict, or CLIP's own for pictures of image_size
-    where there is none. `size` is {"shortest_edge": 224} or {"height": 224, "width": 224}, and
+    """preprocessor_config.json of a folder as a dict, or what transformers 5 writes in its place,
+    the section image_processor of processor_config.json; where there is none, CLIP's own for
+    pictures of image_size. `size` is {"shortest_edge": 224} or {"height": 224, "width": 224}, and
     `crop_size` the latter, also where the file says 224, as old ones do."""
     file = Path(folder) / "preprocessor_config.json"
     config = {"size": image_size, "crop_size": image_size, **CLIP_PREPROCESSING, **STEPS}
     if file.exists():
         config |= read_config(file)
+    newer = file.with_name("processor_config.json")
+    if newer.exists():
+        config |= read_section(read_config(newer), "image_processor")
     for name, done in STEPS.items():
         if config[name] != done:
             raise InputError(f"{file}: {name} = {config[name]!r} is not supported, only {done}")
@@ -550,12 +573,24 @@ def read_json(path, kind=dict):
     """The object, or with kind=list the list, in a JSON file; InputError with the file and where in
     it the fault is."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        text = Path(path).read_text(encoding="utf-8-sig")
+        content = json.loads(text, object_pairs_hook=once)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {reason_of(error)}") from error
     if not isinstance(content, kind):
         raise InputError(f"{path} holds no JSON {'object' if kind is dict else 'list'}")
     return content
+
+
+def once(pairs):
+    """The object of these (name, value): where a name stands twice, Python would drop the first
+    value without a word"""
+    section = {}
+    for name, value in pairs:
+        if name in section:
+            raise ValueError(f"the name {name!r} stands twice in an object")
+        section[name] = value
+    return section
 
 
 def without_null(section):
