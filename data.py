@@ -29,8 +29,8 @@ import sentencepiece
 import torch
 
 from mmca import IMAGE, PAD, TEXT
-from vision import (InputError, checkpoint_path, count_image_tokens, load_image, positive,
-                    preprocess, read_checkpoint, read_config, read_json, read_vit_config,
+from vision import (InputError, checkpoint_path, count_image_tokens, is_main, load_image,
+                    positive, preprocess, read_checkpoint, read_config, read_json, read_vit_config,
                     write_whole)
 
 SYSTEM = "You are a powerful vision-language assistant."
@@ -807,7 +807,7 @@ def check_left_out(sets):
     it should be"""
     left_out = [text for data in sets for text in data.left_out]
     count = len(left_out) + sum(len(data.records) for data in sets)
-    if left_out and not int(os.environ.get("RANK", 0)):
+    if left_out and is_main():
         print(printable(f"{len(left_out)} of {count} records are left out: "
                         f"{'; '.join(left_out[:3])}"))
     missing = [record for record in left_out if record.endswith(NO_PICTURE)]
@@ -875,12 +875,10 @@ def parse(parser):
 def limit_length(args):
     """--max_length is at most the number of positions of the language model: beyond, it has learned
     nothing"""
-    file = args.language_model / "config.json"
-    if not file.exists():
-        return
-    positions = read_config(file).get("max_position_embeddings", 2048)
+    config = read_config(args.language_model / "config.json")
+    positions = config.get("max_position_embeddings", 2048)
     if positions < args.max_length:
-        if not int(os.environ.get("RANK", 0)):
+        if is_main():
             print(f"--max_length {args.max_length} is more than the language model's positions: "
                   f"{positions} is taken")
         args.max_length = positions

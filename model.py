@@ -16,7 +16,7 @@ import pickle
 import shutil
 import zipfile
 from collections import OrderedDict
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,15 +29,17 @@ from safetensors.torch import save_file
 
 from mmca import IMAGE, TEXT, attend, image_term, make_pattern, reads_pictures_once
 from vision import (InputError, QwenConfig, QwenViT, Resampler, ViT, ViTLayer, apply,
-                    checkpoint_path, count_image_tokens, make_config, read_checkpoint, read_config,
-                    read_json, read_preprocessing, read_section, read_vit_config, reason_of)
+                    checkpoint_path, count_image_tokens, is_main, make_config, read_checkpoint,
+                    read_config, read_json, read_preprocessing, read_section, read_vit_config,
+                    reason_of)
 
 
 # ---- LLaMA-2 -------------------------------------------------------------------------------------
 
 @dataclass
 class LlamaConfig:
-    """Sizes of a LLaMA-2 decoder, under the names of its config.json."""
+    """Sizes of a LLaMA-2 decoder, under the names of its config.json; the defaults are those that
+    transformers leaves out."""
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -45,8 +47,8 @@ class LlamaConfig:
     num_key_value_heads: int
     head_dim: int
     vocab_size: int
-    max_position_embeddings: int = 4096
-    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
 
@@ -666,31 +668,26 @@ def read_llama_config(folder):
         if config.get(name) not in [None, *computed[name]]]
     if strange:
         raise InputError(f"{file}: not supported by this LLaMA-2: {', '.join(strange)}")
-    # what transformers leaves out
-    with suppress(KeyError, TypeError, ZeroDivisionError):
-        config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
-    config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
-    defaults = {
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
-        "head_dim": 0}
-    return make_config(LlamaConfig, "a LLaMA", file, defaults | config)
+    # transformers leaves these out, too
+    heads = config.get("num_attention_heads")
+    config.setdefault("num_key_value_heads", heads)
+    config.setdefault("head_dim", heads and config.get("hidden_size", 0) // heads)
+    return make_config(LlamaConfig, file, config)
 
 
 def load_llama(
         folder,
         dtype=torch.float32,
-        device="cpu",
+        devices=["cpu"],
         empty=partial(torch.device, "meta")):
     """A LLaMA-2 from a folder in Hugging Face layout: config.json and *.safetensors (or *.bin), one
     file or shards.
 
-    device: one, or a list over which the layers are spread in order. empty() is the context in
-    which the model is made before its weights come: nowhere, or DeepSpeed's zero.Init, and then no
-    process holds more of it than its part."""
+    The layers are spread over the devices in order. empty() is the context in which the model is
+    made before its weights come: nowhere, or DeepSpeed's zero.Init, and then no process holds more
+    of it than its part."""
     with empty():
         model = Llama(read_llama_config(folder))
-    devices = device if isinstance(device, list) else [device]
     L = len(model.model.layers)
     layers = [devices[i * len(devices) // L] for i in range(L)]
     model.model.devices = layers if len(devices) > 1 else ()
@@ -989,11 +986,6 @@ def write_json(path, content):
 
 
 # ---- what serves it: processes and devices -------------------------------------------------------
-
-def is_main():
-    """Whether this is the one process that prints and writes"""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
 
 def size_of(parameter):
     """The shape of a parameter, also where ZeRO-3 holds only this process's part of it"""

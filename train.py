@@ -18,6 +18,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -41,9 +42,9 @@ from tqdm import tqdm
 
 from data import (Samples, Tokenizer, Turn, arguments, check_fit, collate, encode, limit_length,
                   parse, printable, read_data)
-from model import VisualChat, add_lora, choose_device, is_main, load_llama, load_vit, size_of
-from vision import (InputError, number, positive, read_config, read_preprocessing, reason_of,
-                    write_whole)
+from model import VisualChat, add_lora, choose_device, load_llama, load_vit, size_of
+from vision import (InputError, is_main, number, positive, read_config, read_preprocessing,
+                    reason_of, write_whole)
 
 BROKEN = 0.01  # the share of an epoch's samples that may have a picture that cannot be read
 
@@ -215,7 +216,7 @@ def train(args, progress):
     # ---- 9. end ----
     bar.close()
     if is_main():
-        remove(states(args.out))
+        remove(remains(args.out / "state"))
         # unless somebody's copy lies there
         with suppress(OSError):
             (args.out / "state").rmdir()
@@ -438,7 +439,7 @@ def make_model(args, device, deepspeed, settings):
         options = {"empty": lambda: spread}
     vision = load_vit(args.vision_model, args.dtype, device, args.feature_layer, args.class_token,
                       **options)
-    language = load_llama(args.language_model, args.dtype, device, **options)
+    language = load_llama(args.language_model, args.dtype, [device], **options)
     tokenizer = Tokenizer(args.language_model / "tokenizer.model")
     if len(tokenizer) > language.config.vocab_size:
         raise InputError(f"{tokenizer.file} has {len(tokenizer)} pieces, the language model only "
@@ -672,8 +673,8 @@ def open_log(args):
     except OSError as error:
         print(f"--out {out} cannot be locked ({reason_of(error)}): take care that no other run "
               "writes there")
-    # a run that has ended has epochs and no state
-    ended = numbered(out, "epoch") and not saved_step(out)
+    # a run that has ended has a best epoch and no state
+    ended = (out / "best").exists() and not saved_step(out)
     # opened to append, the log says by its position how long it is
     if (log.tell() or remains(out)) and not (args.overwrite or args.resume and not ended):
         raise InputError(f"--out {out} already holds a run; name another folder, or add "
@@ -686,21 +687,15 @@ def open_log(args):
     return log
 
 
-def numbered(folder, kind):
-    """What a run has made in a folder, such as epoch-2; epoch-2-backup is somebody's copy"""
-    return [path for path in folder.glob(f"{kind}-*") if path.name[len(kind) + 1:].isdigit()]
+# a copy that somebody has made, such as epoch-2-backup, is left alone
+MADE = re.compile(r"best|epoch-\d+|\..*\.unfinished|latest|step-\d+|zero_to_fp32\.py")
 
 
-def states(out):
-    """What is there of a run's states, first of all the name: removed in this order, a half is
-    never taken for the whole"""
-    folder = out / "state"
-    return [*folder.glob("latest"), *numbered(folder, "step"), *folder.glob("zero_to_fp32.py")]
-
-
-def remains(out):
-    """What an earlier run has left beside its log"""
-    return [*states(out), *out.glob("best"), *numbered(out, "epoch"), *out.glob(".*.unfinished")]
+def remains(folder):
+    """What a run has made in its folder or, of this alone, in state/: latest before the state, so
+    that a half of one, while it is removed, is never taken for the whole"""
+    paths = sorted([*folder.glob("*"), *folder.glob("state/*")])
+    return [path for path in paths if MADE.fullmatch(path.name)]
 
 
 def remove(paths):
@@ -776,7 +771,7 @@ def save_state(engine, progress, args):
         # the latest. (DeepSpeed's own way of naming it could be cut in the middle)
         if is_main():
             write_whole(folder / "latest", name)
-            remove(path for path in numbered(folder, "step") if path.name != name)
+            remove(path for path in remains(folder) if path.name not in (name, "latest"))
     except (OSError, RuntimeError) as error:  # torch says RuntimeError when a disk is full
         raise InputError(f"the state of step {progress.step} cannot be written to {folder} (is the "
                          f"disk full?): {reason_of(error)}") from error

@@ -331,7 +331,7 @@ def read_vit_config(folder, feature_layer=-1, class_token=True):
         config = qwen_config(read_section(whole, "visual"), file)
         layers = 1
     elif section.get("model_type", whole.get("model_type")) in ("clip", "clip_vision_model"):
-        config = make_config(ViTConfig, "a CLIP vision model", file, section)
+        config = make_config(ViTConfig, file, section)
         config.feature_layer = feature_layer
         config.class_token = class_token
         layers = config.num_hidden_layers
@@ -379,7 +379,7 @@ def read_checkpoint(folder):
     return model
 
 
-def make_config(kind, what, file, section):
+def make_config(kind, file, section):
     """A dataclass of sizes from a section of a config.json; InputError names what is missing"""
     known = {f.name: section[f.name] for f in fields(kind) if f.name in section}
     if "quantization_config" in section:
@@ -388,7 +388,7 @@ def make_config(kind, what, file, section):
     try:
         return kind(**known)
     except TypeError as error:
-        raise InputError(f"{file} is not that of {what}: {reason_of(error)}") from error
+        raise InputError(f"{file} has not all sizes: {reason_of(error)}") from error
 
 
 def count_image_tokens(projection, vision):
@@ -553,6 +553,11 @@ def reason_of(error):
     """What an exception says, its first forty words in one line"""
     said = getattr(error, "strerror", None) or str(error) or repr(error)
     return " ".join(said.split()[:40])
+
+
+def is_main():
+    """Whether this is the one process that prints and writes"""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def number(kind, low, below=math.inf):

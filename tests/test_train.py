@@ -94,8 +94,8 @@ def heard(folder):
 
 def words(folder, flags):
     """What a user types behind the word python"""
-    return list(map(str, ["train.py", "--language_model", folder / "llama", "--vision_model", FIXTURES / "tiny-clip", "--data_path", folder,
-                          "--out", folder / "out", "--workers", "1", *flags]))
+    model = [] if "--checkpoint" in flags else ["--language_model", folder / "llama", "--vision_model", FIXTURES / "tiny-clip"]
+    return list(map(str, ["train.py", *model, "--data_path", folder, "--out", folder / "out", "--workers", "1", *flags]))
 
 
 def begin(folder, *flags, two=False, code="import train; train.main()", port=None, limits={}, **environment):
@@ -350,6 +350,59 @@ def test_every_weight_is_trained_with_another_projection_and_layer_and_chats(fol
     lines = (folder / "answers.csv").read_text().splitlines()
     assert lines[0] == "test_name,image_path,question,answer" and lines[1].startswith(f"one,'{picture}',What is it?,")
     assert "already holds a run" in run(folder, *flags, fails=True)
+
+
+@pytest.mark.parametrize("kind, two, more", [
+    ("mmca", False, ["--zero_stage", "0"]), ("mmca", True, ["--save_trained_only", "--vision_lora_rank", "2"]),
+    ("cross", False, ["--projection", "vit", "--zero_stage", "3"]), ("cross", True, ["--feature_layer", "-2", "--no_class_token"])])
+def test_a_run_begins_from_a_checkpoint_where_the_other_ended(folder, kind, two, more):
+    """The held-out loss before its first step is that after the last of the run before, with a new LoRA over the merged one; on other data it learns"""
+    flags = ["--datasets", "llava_dial", "--batch_size", "4", "--micro_batch_size", "2", "--eval_fraction", "0.3", "--lora_rank", "2", "--learning_rate", "0.01"]
+    (ended,) = [line for line in run(folder, *flags, *more, "--attention", kind, "--epochs", "1", two=two) if "eval_loss" in line]
+    (folder / "out").rename(folder / "first")
+    again = ["--checkpoint", folder / "first/best", *[flag for flag in more if "trained_only" in flag]]
+    begun, _ = [line for line in run(folder, *flags, *again, "--epochs", "1", two=two) if "eval_loss" in line]
+    assert (begun["step"], begun["epoch"], begun["eval_exact"]) == (0, 0, ended["eval_exact"])
+    assert begun["eval_loss"] == pytest.approx(ended["eval_loss"], rel=2e-6)
+    assert f"epoch 0: held-out loss {begun['eval_loss']:.4f}, " in (folder / "run.err").read_text() + (folder / "run.out").read_text()
+    model = VisualChat.from_pretrained(folder / "out/best")
+    before = VisualChat.from_pretrained(folder / "first/best")
+    assert model.vision_model.config == before.vision_model.config and (model.attention, model.projection_kind) == (kind, before.projection_kind)
+    assert not torch.equal(next(model.projection.parameters()), next(before.projection.parameters())), "it is trained"
+    if kind == "cross":
+        assert all(layer.gate for layer in before.cross_attention), "the layers that were added are not new"
+    (folder / "again.json").write_text(json.dumps([[{"images": ["coco/train2017/palette_p.png"], "question": "Who?", "answer": "a dog"}]] * 8))
+    other = ["--datasets", folder / "again.json", "--checkpoint", folder / "out/best", "--out", folder / "other", "--learning_rate", "0.01"]
+    run(folder, *other, "--batch_size", "4", "--epochs", "4", "--eval_fraction", "0.2", two=two)
+    scores = [json.loads(line) for line in (folder / "other/log.jsonl").read_text().splitlines()]
+    scores = [line["eval_loss"] for line in scores if "eval_loss" in line]
+    assert len(scores) == 5 and scores[-1] < scores[0] / 2
+
+
+def test_what_a_checkpoint_has_is_not_asked_for(folder):
+    """The same again is no contradiction, another one is; its folders by hand are said to leave its projection"""
+    flags = ["--datasets", "llava_dial", "--batch_size", "4", "--max_steps", "1", "--eval_fraction", "0"]
+    run(folder, *flags, "--attention", "cross")
+    (folder / "out").rename(folder / "first")
+    first = folder / "first/epoch-1"
+    again = [*flags, "--checkpoint", folder / "first/best", "--overwrite"]
+    run(folder, *again, "--attention", "cross", "--language_model", folder / "first/best/language_model")
+    for name, value, other in (("attention", "cross", "mmca"), ("projection", "linear", "vit"), ("feature_layer", -1, "-2"), ("class_token", True, None),
+                               ("language_model", first / "language_model", folder / "llama"), ("vision_model", first / "vision_model", FIXTURES)):
+        typed = [f"--{name}", other] if other else ["--no_class_token"]
+        message = run(folder, *again, *typed, fails=True)
+        assert f"the {name} of --checkpoint {first} is {value}, and a flag says {other or False}: leave that flag out" in message
+    by_hand = [*flags, "--language_model", first / "language_model", "--vision_model", first / "vision_model", "--overwrite"]
+    run(folder, *by_hand)
+    assert (folder / "run.out").read_text().count(f"the projection begins anew; --checkpoint {first} goes on with the one there\n") == 1
+    run(folder, *flags, "--overwrite")
+    assert "begins anew" not in (folder / "run.out").read_text()
+    assert "config.json is not that of a checkpoint of train.py: 'attention' missing" in run(folder, *flags, "--checkpoint", folder / "llama", fails=True)
+    assert "nowhere/config.json cannot be read: No such file" in run(folder, *flags, "--checkpoint", folder / "nowhere", fails=True)
+    (folder / "first/epoch-1/projection.safetensors").unlink()
+    assert "first/epoch-1 holds no weights: projection.safetensors" in run(folder, *again, fails=True)
+    (folder / "recipe").write_text("--seed '1")
+    assert "No closing quotation" in run(folder, f"@{folder}/recipe", fails=True)
 
 
 def test_bad_input_is_one_sentence_and_exit_code_2(folder):
