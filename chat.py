@@ -24,6 +24,7 @@ import shlex
 import signal
 import sys
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CalledProcessError
@@ -34,7 +35,7 @@ from PIL import Image, ImageDraw
 from torch.nn.modules.module import register_module_forward_pre_hook
 from tqdm import tqdm
 
-from data import Tokenizer, Turn, encode, printable
+from data import Tokenizer, Turn, encode, printable, texts
 from mmca import IMAGE, TEXT, Pattern, softmax
 from model import CacheLayer, KVCache, LlamaAttention, VisualChat, choose_device, rotate
 from vision import (
@@ -608,11 +609,11 @@ def run_script(chat, script, out, answering):
     and left out. InputError if the script is not of that form or `out` cannot be begun."""
     dialogues = read_json(script)
     for name, rounds in dialogues.items():
-        for turn in rounds if isinstance(rounds, list) else [None]:
-            parts = isinstance(turn, list) and [type(part) for part in turn]
-            if parts not in ([str], [str, str]):
-                raise InputError(f'{script}: {name!r} is not a list of ["question"] and '
-                                 '["question", "a.jpg b.jpg"]')
+        with suppress(TypeError):
+            if {len(texts(turn)) for turn in rounds} <= {1, 2}:
+                continue
+        raise InputError(f'{script}: {name!r} is not a list of ["question"] and '
+                         '["question", "a.jpg b.jpg"]')
     try:
         # x: what is there already took hours, perhaps
         table = open(out, "x", newline="", encoding="utf-8", errors="replace")

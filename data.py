@@ -861,13 +861,13 @@ def parse(parser):
             parser.set_defaults(**model)
             # once more: what is now not as in the model was typed
             args = parser.parse_args()
-            for name, value in model.items():
-                if getattr(args, name) != value:
-                    parser.error(f"the {name} of --checkpoint {args.checkpoint} is {value}, and a "
-                                 f"flag says {getattr(args, name)}: leave that flag out")
+            for name in model:
+                if getattr(args, name) != model[name]:
+                    parser.error(f"the {name} of --checkpoint {args.checkpoint} is {model[name]}, "
+                                 f"and a flag says {getattr(args, name)}: leave that flag out")
     except ValueError as error:  # such as a quote in @FILE that does not end
-        parser.error(str(error))
-    if not (args.language_model and args.vision_model):
+        parser.error(f"{error}")
+    if None in (args.language_model, args.vision_model):
         parser.error("--language_model and --vision_model are needed, or --checkpoint")
     return args
 
@@ -875,8 +875,8 @@ def parse(parser):
 def limit_length(args):
     """--max_length is at most the number of positions of the language model: beyond, it has learned
     nothing"""
-    config = read_config(args.language_model / "config.json")
-    positions = config.get("max_position_embeddings", 2048)
+    positions = read_config(args.language_model / "config.json").get(
+        "max_position_embeddings", 2048)
     if positions < args.max_length:
         if is_main():
             print(f"--max_length {args.max_length} is more than the language model's positions: "

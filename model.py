@@ -661,7 +661,8 @@ def read_llama_config(folder):
         "sliding_window": [],
         "hidden_act": ["silu", "swish"],
         "partial_rotary_factor": [1],
-        "rope_type": ["default"]}
+        "rope_type": ["default"],
+        "quantization_config": []}
     strange = [
         f"{name} = {config[name]!r}"
         for name in computed
@@ -905,11 +906,9 @@ def write_configs(model, folder, tokenizer, bases):
         "feature_layer": vision.feature_layer,
         "class_token": vision.class_token}
     language = {"model_type": "llama", **asdict(model.language_model.config)}
-    sizes = {
-        name: value
-        for name, value in asdict(vision).items()
-        if name not in own}
-    tower = {"model_type": "clip_vision_model", **sizes}
+    tower = {"model_type": "clip_vision_model", **asdict(vision)}
+    # they are no part of the tower
+    del tower["feature_layer"], tower["class_token"]
     if isinstance(vision, QwenConfig):
         tower = {"visual": vision.visual}
     preprocessing = {"image_processor_type": "CLIPImageProcessor", **model.preprocessing}

@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
 
 from data import (Samples, Tokenizer, Turn, arguments, check_fit, collate, encode, limit_length,
-                  parse, printable, read_data)
+                  parse, pictures_of, printable, read_data)
 from model import VisualChat, add_lora, choose_device, load_llama, load_vit, size_of
 from vision import (InputError, is_main, number, positive, read_config, read_preprocessing,
                     reason_of, write_whole)
@@ -216,10 +216,11 @@ def train(args, progress):
     # ---- 9. end ----
     bar.close()
     if is_main():
-        remove(remains(args.out / "state"))
+        state = args.out / "state"
+        remove(remains(state))
         # unless somebody's copy lies there
         with suppress(OSError):
-            (args.out / "state").rmdir()
+            state.rmdir()
         print(f"{progress.step} steps; {progress.rounds_left_out} rounds left out (--max_length, "
               f"--max_images); the model is in {args.out}/best")
     dist.destroy_process_group()
@@ -298,8 +299,8 @@ def deal(conversations, args, rank, world, done=0):
     each process a part of it. Then all work on like sizes."""
     def size(index):
         turns = conversations[index]
-        images = sum(len(turn.images) for turn in turns)
-        return images, sum(len(turn.question) + len(turn.answer) for turn in turns)
+        letters = sum(len(turn.question) + len(turn.answer) for turn in turns)
+        return len(pictures_of(turns)), letters
 
     parts = world * accumulation_of(args, world)
     for start in range(0, len(conversations), args.batch_size)[done:]:
@@ -688,14 +689,14 @@ def open_log(args):
 
 
 # a copy that somebody has made, such as epoch-2-backup, is left alone
-MADE = re.compile(r"best|epoch-\d+|\..*\.unfinished|latest|step-\d+|zero_to_fp32\.py")
+MADE = r"best|epoch-\d+|\..*\.unfinished|latest|step-\d+|zero_to_fp32\.py"
 
 
 def remains(folder):
     """What a run has made in its folder or, of this alone, in state/: latest before the state, so
     that a half of one, while it is removed, is never taken for the whole"""
     paths = sorted([*folder.glob("*"), *folder.glob("state/*")])
-    return [path for path in paths if MADE.fullmatch(path.name)]
+    return [path for path in paths if re.fullmatch(MADE, path.name)]
 
 
 def remove(paths):
@@ -745,7 +746,7 @@ def write(log, engine, progress, **values):
     engine.monitor.write_events([
         (f"Train/Samples/{name}", value, engine.global_samples)
         for name, value in values.items()
-        if isinstance(value, (int, float))])
+        if isinstance(value, int | float)])
 
 
 def saved_step(out):

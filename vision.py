@@ -382,9 +382,6 @@ def read_checkpoint(folder):
 def make_config(kind, file, section):
     """A dataclass of sizes from a section of a config.json; InputError names what is missing"""
     known = {f.name: section[f.name] for f in fields(kind) if f.name in section}
-    if "quantization_config" in section:
-        raise InputError(f"{file}: quantized weights are not supported, and quantization_config "
-                         "says that these are; take the model in 16 or 32 bits")
     try:
         return kind(**known)
     except TypeError as error:
