@@ -757,6 +757,9 @@ def test_scripts_write_the_csv_of_the_original(tmp_path):
         (tmp_path / "bad.json").write_text(json.dumps(wrong))
         with pytest.raises(InputError, match="bad.json"):
             run_script(talk, tmp_path / "bad.json", tmp_path / "b.csv", ANSWERING)
+    (tmp_path / "bad.json").write_text('{"one": [["Who?"]], "two": [["Hello"]], "one": [["Why?"]]}')
+    with pytest.raises(InputError, match="bad.json cannot be read: the name 'one' stands twice"):
+        run_script(talk, tmp_path / "bad.json", tmp_path / "b.csv", ANSWERING)
     assert not (tmp_path / "b.csv").exists()
 
 

@@ -405,6 +405,18 @@ def test_what_a_checkpoint_has_is_not_asked_for(folder):
     assert "No closing quotation" in run(folder, f"@{folder}/recipe", fails=True)
 
 
+@pytest.mark.parametrize("two", [False, True])
+def test_monitors_have_every_number_of_the_log(mine, two):
+    """DeepSpeed's csv_monitor, over the samples seen; with TensorBoard and others it is the same call"""
+    folder, flags = mine
+    (folder / "ds.json").write_text(json.dumps({"csv_monitor": {"enabled": True, "output_path": str(folder / "curves"), "job_name": "it"}}))
+    log = run(folder, *flags, "--micro_batch_size", "2", "--eval_fraction", "0.3", "--deepspeed_config", folder / "ds.json", two=two)
+    for name, count in (("loss", 6), ("learning_rate", 6), ("trained_tokens", 6), ("eval_loss", 3), ("eval_exact", 3)):
+        expected = [[str(4 * line["step"]), str(line[name])] for line in log if name in line]
+        rows = [line.split(",") for line in (folder / f"curves/it/Train_Samples_{name}.csv").read_text().splitlines()]
+        assert rows == [["step", name], *expected] and len(expected) == count
+
+
 def test_bad_input_is_one_sentence_and_exit_code_2(folder):
     base = ["--datasets", "llava_dial", "--batch_size", "4"]
     assert "'lava' is not known; the known ones are llava," in run(folder, "--datasets", "lava", fails=True)
@@ -895,9 +907,14 @@ def test_a_full_disk_loses_nothing_and_a_state_of_another_run_is_refused(folder)
     (out / "log.jsonl").write_text("")
     assert re.search(r"--resume: the .* was None, here it is ", run(folder, *resume, fails=True)), "what the run was is no longer known"
     (out / "log.jsonl").write_text(begun)
-    (out / "state-backup").mkdir()  # somebody's copy is left alone
+    copies = [out / name for name in ("epoch-1-backup", "state/step-3-backup", "state-backup")]  # somebody's, left alone at the next save, at the end and later
+    for copy in copies:
+        copy.mkdir()
     log = run(folder, *resume)
-    assert left(folder) == ["best", "epoch-1", "epoch-2", "log.jsonl", "state-backup"]
+    assert left(folder) == ["best", "epoch-1", "epoch-1-backup", "epoch-2", "log.jsonl", "state", "state-backup"] and [*out.glob("state/*")] == copies[1:2]
+    copies[1].rename(out / "step-3-backup")
+    run(folder, *flags[:-2], "--eval_fraction", "0", "--max_steps", "1", "--overwrite")
+    assert left(folder) == ["best", "epoch-1", "epoch-1-backup", "log.jsonl", "state-backup", "step-3-backup"], "and epoch-2 is replaced"
     assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4, 5, 6] and (checkpoint_path(out / "best") / "config.json").exists()
 
 
