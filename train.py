@@ -689,7 +689,7 @@ def open_log(args):
 
 
 # a copy that somebody has made, such as epoch-2-backup, is left alone
-MADE = r"best|epoch-\d+|\..*\.unfinished|latest|step-\d+|zero_to_fp32\.py"
+MADE = r"best|epoch-\d+|\..*\.unfinished|latest|step-\d+|zero_to_.*\.py"
 
 
 def remains(folder):
