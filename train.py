@@ -249,8 +249,9 @@ def train_step(engine, micro_batches, trained_tokens):
 def log_step(log, engine, bar, progress, loss, rate, counts, seconds):
     """A step in the log and in the bar"""
     # a step in which nothing was to be learned has no loss
-    write(log, engine, progress, epoch=progress.epoch + 1, loss=loss if counts.trained_tokens else None,
-          learning_rate=rate, **counts._asdict(), seconds=round(seconds, 4))
+    write(log, engine, progress, epoch=progress.epoch + 1,
+          loss=loss if counts.trained_tokens else None, learning_rate=rate, **counts._asdict(),
+          seconds=round(seconds, 4))
     bar.set_postfix_str(f"loss {loss:.4f}, rate {rate:.2e}, {counts.tokens / seconds:.0f} tokens/s")
     bar.update()
 
@@ -403,7 +404,7 @@ def evaluate(engine, samples, tokenizer, args):
 
 
 def measure(engine, held_out, tokenizer, args, progress, log, epoch):
-    """Evaluate after an epoch, 0 for none; the result goes to log and terminal -> the mean held-out
+    """Evaluate after an epoch, or before the first (0), for log and terminal -> the mean held-out
     loss, inf if nothing is held out"""
     scores = [evaluate(engine, samples, tokenizer, args) for samples in held_out]
     both = Score(*map(sum, zip([0] * 4, *scores)))
@@ -414,7 +415,8 @@ def measure(engine, held_out, tokenizer, args, progress, log, epoch):
     exact = both.exact / both.answers
     shares = {samples.sets[0].name: score.exact / score.answers
               for samples, score in zip(held_out, scores) if score.answers}
-    write(log, engine, progress, epoch=epoch, eval_loss=loss, eval_exact=exact, eval_exact_of=shares)
+    write(log, engine, progress, epoch=epoch, eval_loss=loss, eval_exact=exact,
+          eval_exact_of=shares)
     if log:
         tqdm.write(f"epoch {epoch}: held-out loss {loss:.4f}, exact match {exact:.2%}")
         for name, share in shares.items() if len(shares) > 1 else ():
@@ -688,8 +690,8 @@ def open_log(args):
     return log
 
 
-# a copy that somebody has made, such as epoch-2-backup, is left alone
-MADE = r"best|epoch-\d+|\..*\.unfinished|latest|step-\d+|zero_to_.*\.py"
+# what a run makes; a copy that somebody has made, such as epoch-2-backup, is left alone
+MADE = r"best|epoch-\d+|\..*\.unfinished|latest|step-\d+|zero_to_(fp32|torch)\.py"
 
 
 def remains(folder):

@@ -528,13 +528,14 @@ def read_preprocessing(folder, image_size):
         config |= read_section(read_config(newer), "image_processor")
     for name, done in STEPS.items():
         if config[name] != done:
-            raise InputError(f"{file}: {name} = {config[name]!r} is not supported, only {done}")
+            raise InputError(f"{folder}: pictures with {name} = {config[name]!r} are not "
+                             f"supported, only {done}")
     if isinstance(config["size"], int):
         config["size"] = {"shortest_edge": config["size"]}
     square = {"height": image_size, "width": image_size}
     if config["crop_size"] not in (image_size, square):
-        raise InputError(f"{file} makes pictures of {config['crop_size']}, the vision model takes "
-                         f"{image_size} x {image_size}")
+        raise InputError(f"{folder} makes pictures of {config['crop_size']}, the vision model "
+                         f"takes {image_size} x {image_size}")
     config["crop_size"] = square
     return config
 
