@@ -656,10 +656,10 @@ def picture_index(file, out):
 
     A file of tens of GB is read through once for each `out`, where the result is kept. InputError
     if it breaks off."""
-    if not file.stat().st_size:
+    status = file.stat()
+    if not status.st_size:
         raise InputError(f"{file} is empty")
     # another file of the same name, or this one when it has changed, has an index of its own
-    status = file.stat()
     place = out / f"{file.name}.{status.st_size}.{status.st_mtime_ns}.index"
     if not place.exists():
         out.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,8 @@ from tqdm import tqdm
 
 from data import (Samples, Tokenizer, Turn, arguments, check_fit, collate, encode, limit_length,
                   parse, pictures_of, printable, read_data)
-from model import VisualChat, add_lora, choose_device, load_llama, load_vit, size_of
+from model import (VisualChat, add_lora, bases, choose_device, load_llama, load_vit,
+                   size_of)
 from vision import (InputError, is_main, number, positive, read_config, read_preprocessing,
                     reason_of, write_whole)
 
@@ -60,12 +61,12 @@ def command_line():
     share = number(float, 0, 1)
     count = number(int, 0)
     add("--attention", choices=["mmca", "causal", "cross"], default="mmca", help="the mechanism")
-    add("--feature_layer", type=int, default=-1, metavar="N",
+    add("--feature_layer", type=int, default=-1,
         help="CLIP's layer whose output is taken, -1 is the last")
     add("--trainable", choices=["recipe", "all"], default="recipe",
         help="recipe: embedding, projection, CrA's layers, LoRA")
-    add("--lora_rank", type=count, default=0, metavar="R", help="in the language model, 0 for none")
-    add("--vision_lora_rank", type=count, default=0, metavar="R", help="in the vision tower")
+    add("--lora_rank", type=count, default=0, help="in the language model, 0 for none")
+    add("--vision_lora_rank", type=count, default=0, help="in the vision tower")
 
     add("--epochs", type=positive, default=6, help="times through the data")
     add("--max_steps", type=positive, help="stop after so many steps (default: all of them)")
@@ -77,16 +78,16 @@ def command_line():
     add("--warmup", type=share, default=0.1, help="share of all steps in which the rate rises")
 
     add("--eval_fraction", type=share, default=0.1, help="share of conversations that is held out")
-    add("--eval_path", type=Path, metavar="DIR",
+    add("--eval_path", type=Path,
         help="hold nothing out, but measure on data sets in this folder")
-    add("--eval_datasets", nargs="+", metavar="NAME",
+    add("--eval_datasets", nargs="+",
         help="those of --eval_path (default: the same as --datasets)")
 
     either = parser.add_mutually_exclusive_group().add_argument
     either("--overwrite", action="store_true", help="replace the run that --out holds")
     either("--resume", action="store_true", help="continue it; without a state, begin anew")
-    add("--save_every", type=positive, default=500, metavar="STEPS",
-        help="from one state to resume from to the next")
+    add("--save_every", type=positive, default=500,
+        help="steps from one state to resume from to the next")
     add("--save_trained_only", action="store_true",
         help="checkpoints hold what was trained, LoRA as its factors, and where the rest is; the "
              "folders trained from must stay")
@@ -100,12 +101,12 @@ def command_line():
         help="make one graph of each layer by torch.compile (default: on a GPU; on a CPU it takes "
              "a C++ compiler and half a minute)")
     add("--no_compile", dest="compile", action="store_false", help="layers as they are written")
-    add("--deepspeed_config", type=Path, metavar="JSON",
-        help="DeepSpeed settings, merged over the built-in ones")
+    add("--deepspeed_config", type=Path,
+        help="a JSON file of DeepSpeed settings, merged over the built-in ones")
     add("--dtype", choices=["float32", "bfloat16", "float16"],
         help="number format (default: float32 on a CPU, else bfloat16 if it has it)")
-    add("--workers", type=number(int, 0, 65), default=2, metavar="N",
-        help="that read pictures, for each process")
+    add("--workers", type=number(int, 0, 65), default=2,
+        help="processes that read pictures, for each that trains")
     add("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it
     return parse(parser)
 
@@ -169,8 +170,9 @@ def train(args, progress):
     if resumed:
         load_state(engine, args.out, progress)
     elif args.checkpoint:
-        # on the same data this is the loss that the run it comes from ended with
-        measure(engine, held_out, tokenizer, args, progress, log, epoch=0)
+        # on the same data this is the loss that the run it comes from ended with (rounded anew, in
+        # 16 bit, where LoRA was merged)
+        measure(engine, held_out, tokenizer, args, progress, log, 0)
 
     # ---- 7. loop ----
     resumed_at = progress.step
@@ -203,8 +205,8 @@ def train(args, progress):
         if progress.step > resumed_at:
             save_state(engine, progress, args)
         name = f"epoch-{epoch + 1}"
-        bases = (args.language_model, args.vision_model) if args.save_trained_only else None
-        model.save_pretrained(args.out / name, tokenizer, bases)
+        rest = (args.language_model, args.vision_model) if args.save_trained_only else None
+        model.save_pretrained(args.out / name, tokenizer, rest)
         # with nothing held out the last epoch is the best
         if held_out_loss <= progress.best:
             progress.best = held_out_loss
@@ -216,11 +218,10 @@ def train(args, progress):
     # ---- 9. end ----
     bar.close()
     if is_main():
-        state = args.out / "state"
-        remove(remains(state))
+        remove(made(args.out, STATE))
         # unless somebody's copy lies there
         with suppress(OSError):
-            state.rmdir()
+            (args.out / "state").rmdir()
         print(f"{progress.step} steps; {progress.rounds_left_out} rounds left out (--max_length, "
               f"--max_images); the model is in {args.out}/best")
     dist.destroy_process_group()
@@ -676,35 +677,39 @@ def open_log(args):
     except OSError as error:
         print(f"--out {out} cannot be locked ({reason_of(error)}): take care that no other run "
               "writes there")
-    # a run that has ended has a best epoch and no state
-    ended = (out / "best").exists() and not saved_step(out)
+    # a run that has ended has epochs and no state
+    ended = list(out.glob("epoch-*")) and not saved_step(out)
+    earlier = made(out, MADE)
     # opened to append, the log says by its position how long it is
-    if (log.tell() or remains(out)) and not (args.overwrite or args.resume and not ended):
+    if (log.tell() or earlier) and not (args.overwrite or args.resume and not ended):
         raise InputError(f"--out {out} already holds a run; name another folder, or add "
                          "--overwrite to replace it or, if it was interrupted, --resume to "
                          "continue it")
-    for folder in (args.language_model, args.vision_model):
-        if args.overwrite and out.resolve() in folder.resolve().parents:
+    for folder in (*bases(args.language_model), *bases(args.vision_model)):
+        if any(folder.resolve().is_relative_to(path) for path in earlier):
             raise InputError(f"{folder} lies in --out {out}, which this run would replace; name "
                              "another folder")
     return log
 
 
 # what a run makes; a copy that somebody has made, such as epoch-2-backup, is left alone
-MADE = r"best|epoch-\d+|\..*\.unfinished|latest|step-\d+|zero_to_(fp32|torch)\.py"
+STATE = r"state/(latest|step-\d+|zero_to_(fp32|torch)\.py)"
+MADE = rf"best|epoch-\d+|\..*\.unfinished|{STATE}"
 
 
-def remains(folder):
-    """What a run has made in its folder or, of this alone, in state/: latest before the state, so
-    that a half of one, while it is removed, is never taken for the whole"""
-    paths = sorted([*folder.glob("*"), *folder.glob("state/*")])
-    return [path for path in paths if re.fullmatch(MADE, path.name)]
+def made(out, names):
+    """What a run has made in its folder under these names; latest before the state, so that a half
+    of one, while it is removed, is never taken for the whole"""
+    out = out.resolve()
+    paths = sorted([*out.glob("*"), *out.glob("state/*")])
+    return [path for path in paths if re.fullmatch(names, str(path.relative_to(out)))]
 
 
 def remove(paths):
     """Remove files and folders"""
     for path in paths:
-        if path.is_dir():
+        # a link is removed, not what it leads to
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
@@ -728,13 +733,13 @@ def begin_log(log, resumed, args, epochs, held_out, trained):
     if resumed:
         log.seek(0)
         before = json.loads(log.readline() or "{}")
-        for name in now.keys() - FREE:
-            if before.get(name) != now[name]:
+        for name in now:
+            if name not in FREE and before.get(name) != now[name]:
                 raise InputError(f"--resume: the {name} was {before.get(name)}, here it is "
                                  f"{now[name]}; make it the same again, or begin anew with "
                                  "--overwrite")
         return
-    remove(remains(args.out))
+    remove(made(args.out, MADE))
     log.truncate(0)
     print(json.dumps({"step": 0, **now}), file=log, flush=True)
 
@@ -774,7 +779,8 @@ def save_state(engine, progress, args):
         # the latest. (DeepSpeed's own way of naming it could be cut in the middle)
         if is_main():
             write_whole(folder / "latest", name)
-            remove(path for path in remains(folder) if path.name not in (name, "latest"))
+            remove(path for path in made(args.out, r"state/step-\d+")
+                   if path.name != name)
     except (OSError, RuntimeError) as error:  # torch says RuntimeError when a disk is full
         raise InputError(f"the state of step {progress.step} cannot be written to {folder} (is the "
                          f"disk full?): {reason_of(error)}") from error

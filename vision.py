@@ -369,7 +369,7 @@ def read_checkpoint(folder):
     model = {
         "language_model": folder / "language_model",
         "vision_model": folder / "vision_model"}
-    config = read_json(folder / "config.json")
+    config = read_config(folder / "config.json")
     try:
         for name in ("attention", "projection", "feature_layer", "class_token"):
             model[name] = config[name]

@@ -399,6 +399,17 @@ def test_what_a_checkpoint_has_is_not_asked_for(folder):
     assert "begins anew" not in (folder / "run.out").read_text()
     assert "config.json is not that of a checkpoint of train.py: 'attention' missing" in run(folder, *flags, "--checkpoint", folder / "llama", fails=True)
     assert "nowhere/config.json cannot be read: No such file" in run(folder, *flags, "--checkpoint", folder / "nowhere", fails=True)
+    before = {path: path.stat().st_mtime_ns for path in (folder / "first").rglob("*")}
+    run(folder, *again, "--save_trained_only")
+    second = ["--checkpoint", folder / "out/best", "--out", folder / "first"]
+    assert f"{first}/language_model lies in --out {folder}/first, which this run would replace" in run(folder, *flags, *second, "--overwrite", fails=True)
+    shutil.copytree(first, folder / "copy/epoch-1")
+    for how in ("--resume", "--overwrite"):  # a checkpoint that was copied there, and no state
+        own = ["--checkpoint", folder / "copy/epoch-1", "--out", folder / "copy", how]
+        assert re.search("already holds a run|lies in --out", run(folder, *flags, *own, fails=True))
+    assert {path: path.stat().st_mtime_ns for path in (folder / "first").rglob("*")} == before | {folder / "first/log.jsonl": before[folder / "first/log.jsonl"]}
+    (folder / "copy/epoch-1").rename(folder / "copy/epoch-1-backup")
+    run(folder, *flags, "--checkpoint", folder / "copy/epoch-1-backup", "--out", folder / "copy", "--overwrite")
     (folder / "first/epoch-1/projection.safetensors").unlink()
     assert "first/epoch-1 holds no weights: projection.safetensors" in run(folder, *again, fails=True)
     (folder / "recipe").write_text("--seed '1")
@@ -435,9 +446,10 @@ def test_bad_input_is_one_sentence_and_exit_code_2(folder):
     model = folder / "out/epoch-1"
     model.mkdir()
     assert "already holds a run" in run(folder, *base, fails=True)
+    (model / "config.json").write_text("{}")
     assert "lies in --out" in run(folder, *base, "--overwrite", "--vision_model", model, fails=True) and model.exists()
     assert "config.json cannot be read" in run(folder, *base, "--overwrite", "--vision_model", folder, fails=True) and model.exists()
-    model.rmdir()
+    shutil.rmtree(model)
 
 
 def test_deepspeed_compiles_nothing(folder):
@@ -701,7 +713,9 @@ def test_broken_and_missing_pictures_are_replaced_and_named_until_they_are_too_m
     message = run(folder, *flags, "--overwrite", two=True, fails=True)
     assert re.search(r"\d+ samples of this epoch have a picture that cannot be read, more than 1%", message)
     records(folder, [good[n % len(good)] for n in range(296)] + ["gone.jpg"] * 4)
-    message = run(folder, *flags, "--overwrite", "--vision_model", folder / "nowhere", fails=True)
+    (folder / "empty").mkdir()
+    (folder / "empty/config.json").write_text("{}")
+    message = run(folder, *flags, "--overwrite", "--vision_model", folder / "empty", fails=True)
     assert "4 of 300 conversations lack a picture, more than 1%" in message, "before a model is opened"
 
 
@@ -912,9 +926,12 @@ def test_a_full_disk_loses_nothing_and_a_state_of_another_run_is_refused(folder)
         copy.mkdir()
     log = run(folder, *resume)
     assert left(folder) == ["best", "epoch-1", "epoch-1-backup", "epoch-2", "log.jsonl", "state", "state-backup"] and [*out.glob("state/*")] == copies[1:2]
-    copies[1].rename(out / "step-3-backup")
+    copies[1].rename(out / "step-3")
+    (out / "epoch-1").rename(folder / "elsewhere")
+    (out / "epoch-1").symlink_to(folder / "elsewhere")
     run(folder, *flags[:-2], "--eval_fraction", "0", "--max_steps", "1", "--overwrite")
-    assert left(folder) == ["best", "epoch-1", "epoch-1-backup", "log.jsonl", "state-backup", "step-3-backup"], "and epoch-2 is replaced"
+    assert left(folder) == ["best", "epoch-1", "epoch-1-backup", "log.jsonl", "state-backup", "step-3"], "and epoch-2 is replaced"
+    assert (folder / "elsewhere/config.json").exists() and not (out / "epoch-1").is_symlink()
     assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4, 5, 6] and (checkpoint_path(out / "best") / "config.json").exists()
 
 
@@ -1100,7 +1117,8 @@ def test_a_disk_that_knows_no_locks_is_named(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(95, "Operation not supported")
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--language_model", "a", "--vision_model", "b", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--language_model", str(FIXTURES / "tiny-llama"), "--vision_model", str(FIXTURES / "tiny-clip"),
+                                      "--out", str(tmp_path / "out")])
     train.open_log(command_line())
     assert capsys.readouterr().out == f"--out {tmp_path}/out cannot be locked (Operation not supported): take care that no other run writes there\n"
 
