@@ -6,6 +6,7 @@ and the checkpoints. Not here: the model (model.py), the conversations and batch
 
     deepspeed train.py @demo/flags               the demo; a file of flags of your own is a recipe
     deepspeed train.py --language_model DIR --vision_model DIR --data_path DIR --datasets llava
+    deepspeed train.py --checkpoint out/best --datasets mine.json     goes on from what a run has made
     deepspeed --num_accelerators 2 train.py ...  two processes, also on a CPU
     python train.py ...                          one process, without the launcher
 
@@ -429,6 +430,7 @@ def measure(engine, held_out, tokenizer, args, progress, log, epoch):
 
 def make_model(args, device, deepspeed, settings):
     """-> VisualChat of the vision tower and the language model in their folders, and its Tokenizer.
+    What joins the two is new, or that of --checkpoint.
 
     How 70B get into 8 GPUs under ZeRO-3: in the context zero.Init each parameter that is made is
     cut into 8 parts at once. `fill` (model.py) then takes tensor after tensor from the files:
