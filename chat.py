@@ -24,6 +24,7 @@ import shlex
 import signal
 import sys
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CalledProcessError
@@ -34,7 +35,7 @@ from PIL import Image, ImageDraw
 from torch.nn.modules.module import register_module_forward_pre_hook
 from tqdm import tqdm
 
-from data import Tokenizer, Turn, encode, printable
+from data import Tokenizer, Turn, encode, printable, texts
 from mmca import IMAGE, TEXT, Pattern, softmax
 from model import CacheLayer, KVCache, LlamaAttention, VisualChat, choose_device, rotate
 from vision import (
@@ -292,15 +293,19 @@ def say(text):
 def obey(chat, line, attached, answering):
     """Do what a line says. attached: the pictures that wait for the next question, changed here.
     answering: what `Chat.ask` takes beside question and pictures"""
+    def attach(paths):
+        # read before any is attached: one that cannot be would spoil every question to come
+        for path in paths:
+            chat.look_at(path)
+        attached.extend(paths)
+        say(f"{len(attached)} pictures attached to the next question")
+
     command, _, rest = line.strip().partition(" ")
     # /home/me/cat.jpg is no command
     if not re.fullmatch("/[a-z]*", command):
         pictures, question = attachments(line)
         if not question:
-            for path in pictures:
-                chat.look_at(path)
-            attached += pictures
-            say(f"{len(attached)} pictures attached; ask about them")
+            attach(pictures)
             return
         tokens = chat.ask(question, attached + pictures, **answering)
         # the question has been said: whatever becomes of the answer, they are not asked again
@@ -329,13 +334,9 @@ def obey(chat, line, attached, answering):
             say(f"image {n}, {path}: {weights.sum():.0%} of what was looked at")
         say("look.png shows where")
     elif command == "/image":
-        # read before any is attached: one that cannot be would spoil every question to come
-        for path in paths:
-            chat.look_at(path)
         if not paths:
             attached.clear()
-        attached += paths
-        say(f"{len(attached)} pictures attached to the next question")
+        attach(paths)
     else:
         print(HELP)
 
@@ -608,11 +609,11 @@ def run_script(chat, script, out, answering):
     and left out. InputError if the script is not of that form or `out` cannot be begun."""
     dialogues = read_json(script)
     for name, rounds in dialogues.items():
-        for turn in rounds if isinstance(rounds, list) else [None]:
-            parts = isinstance(turn, list) and [type(part) for part in turn]
-            if parts not in ([str], [str, str]):
-                raise InputError(f'{script}: {name!r} is not a list of ["question"] and '
-                                 '["question", "a.jpg b.jpg"]')
+        with suppress(TypeError):
+            if isinstance(rounds, list) and {len(texts(turn)) for turn in rounds} <= {1, 2}:
+                continue
+        raise InputError(f'{script}: {name!r} is not a list of ["question"] and '
+                         '["question", "a.jpg b.jpg"]')
     try:
         # x: what is there already took hours, perhaps
         table = open(out, "x", newline="", encoding="utf-8", errors="replace")
@@ -655,13 +656,13 @@ def main():
     add("--seed", type=int, default=1234, help="of the draws (%(default)s)")
     add("--device", help="cpu, cuda:0, ... or several with commas between, over which the layers "
         "are spread (the best there is)")
-    add("--picture_memory", type=number(float, 0), default=2.0, metavar="GB",
-        help="the most for known pictures; those of the conversation stay whatever it is "
+    add("--picture_memory", type=number(float, 0), default=2.0,
+        help="GB at most of known pictures; those of the conversation stay whatever it is "
         "(%(default)s)")
-    add("--script", type=Path, metavar="JSON",
-        help="answer the dialogues of this file instead of a person's (none)")
-    add("--out", type=Path, default=Path("answers.csv"), metavar="CSV",
-        help="where its answers go, a new file (%(default)s)")
+    add("--script", type=Path,
+        help="answer the dialogues of this JSON file instead of a person's (none)")
+    add("--out", type=Path, default=Path("answers.csv"),
+        help="where its answers go, a new CSV file (%(default)s)")
     args = parser.parse_args()
     # who reads the answers may leave: then this ends, without a word, as every filter does
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -29,8 +29,9 @@ import sentencepiece
 import torch
 
 from mmca import IMAGE, PAD, TEXT
-from vision import (InputError, checkpoint_path, count_image_tokens, load_image, positive,
-                    preprocess, read_config, read_json, read_vit_config, write_whole)
+from vision import (InputError, checkpoint_path, count_image_tokens, is_main, load_image,
+                    positive, preprocess, read_checkpoint, read_config, read_json, read_vit_config,
+                    write_whole)
 
 SYSTEM = "You are a powerful vision-language assistant."
 
@@ -655,10 +656,10 @@ def picture_index(file, out):
 
     A file of tens of GB is read through once for each `out`, where the result is kept. InputError
     if it breaks off."""
-    if not file.stat().st_size:
+    status = file.stat()
+    if not status.st_size:
         raise InputError(f"{file} is empty")
     # another file of the same name, or this one when it has changed, has an index of its own
-    status = file.stat()
     place = out / f"{file.name}.{status.st_size}.{status.st_mtime_ns}.index"
     if not place.exists():
         out.mkdir(parents=True, exist_ok=True)
@@ -806,7 +807,7 @@ def check_left_out(sets):
     it should be"""
     left_out = [text for data in sets for text in data.left_out]
     count = len(left_out) + sum(len(data.records) for data in sets)
-    if left_out and not int(os.environ.get("RANK", 0)):
+    if left_out and is_main():
         print(printable(f"{len(left_out)} of {count} records are left out: "
                         f"{'; '.join(left_out[:3])}"))
     missing = [record for record in left_out if record.endswith(NO_PICTURE)]
@@ -826,10 +827,11 @@ def arguments(description):
         said = help if default is None else f"{help} (default: %(default)s)"
         parser.add_argument(flag, default=default, help=said, **options)
 
-    add("--language_model", None, "LLaMA-2 in Hugging Face layout", type=checkpoint_path,
-        required=True)
+    add("--language_model", None, "LLaMA-2 in Hugging Face layout", type=checkpoint_path)
     add("--vision_model", None, "CLIP's vision model, or Qwen-VL's alone or in its whole "
-        "checkpoint, in Hugging Face layout", type=checkpoint_path, required=True)
+        "checkpoint, in Hugging Face layout", type=checkpoint_path)
+    add("--checkpoint", None, "in the place of both: a folder that train.py wrote; its projection, "
+        "attention and features go on", type=checkpoint_path)
     add("--projection", "linear", "from features to word vectors",
         choices=["linear", "vit", "perceiver"])
     parser.add_argument("--no_class_token", dest="class_token", action="store_false",
@@ -849,15 +851,34 @@ def arguments(description):
     return parser, add
 
 
+def parse(parser):
+    """The flags that were typed, and with --checkpoint what it says of its model, as if that had
+    been typed. Anything else is a sentence and exit code 2."""
+    try:
+        args = parser.parse_args()
+        if args.checkpoint:
+            model = read_checkpoint(args.checkpoint)
+            parser.set_defaults(**model)
+            # once more: what is now not as in the model was typed
+            args = parser.parse_args()
+            for name in model:
+                if getattr(args, name) != model[name]:
+                    parser.error(f"the {name} of --checkpoint {args.checkpoint} is {model[name]}, "
+                                 f"and a flag says {getattr(args, name)}: leave that flag out")
+    except ValueError as error:  # such as a quote in @FILE that does not end
+        parser.error(f"{error}")
+    if None in (args.language_model, args.vision_model):
+        parser.error("--language_model and --vision_model are needed, or --checkpoint")
+    return args
+
+
 def limit_length(args):
     """--max_length is at most the number of positions of the language model: beyond, it has learned
     nothing"""
-    file = args.language_model / "config.json"
-    if not file.exists():
-        return
-    positions = read_config(file).get("max_position_embeddings", 2048)
+    positions = read_config(args.language_model / "config.json").get(
+        "max_position_embeddings", 2048)
     if positions < args.max_length:
-        if not int(os.environ.get("RANK", 0)):
+        if is_main():
             print(f"--max_length {args.max_length} is more than the language model's positions: "
                   f"{positions} is taken")
         args.max_length = positions
@@ -907,7 +928,7 @@ def main():
     # a terminal that lacks a character
     sys.stdout.reconfigure(errors="replace")
     try:
-        show(parser.parse_args())
+        show(parse(parser))
     except (InputError, OSError) as error:
         parser.exit(2, printable(f"data.py: {error}\n"))
 

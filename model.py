@@ -16,7 +16,7 @@ import pickle
 import shutil
 import zipfile
 from collections import OrderedDict
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,15 +29,17 @@ from safetensors.torch import save_file
 
 from mmca import IMAGE, TEXT, attend, image_term, make_pattern, reads_pictures_once
 from vision import (InputError, QwenConfig, QwenViT, Resampler, ViT, ViTLayer, apply,
-                    checkpoint_path, count_image_tokens, make_config, read_config, read_json,
-                    read_preprocessing, read_section, read_vit_config, reason_of)
+                    checkpoint_path, count_image_tokens, is_main, make_config, read_checkpoint,
+                    read_config, read_json, read_preprocessing, read_section, read_vit_config,
+                    reason_of)
 
 
 # ---- LLaMA-2 -------------------------------------------------------------------------------------
 
 @dataclass
 class LlamaConfig:
-    """Sizes of a LLaMA-2 decoder, under the names of its config.json."""
+    """Sizes of a LLaMA-2 decoder, under the names of its config.json; the defaults are those that
+    transformers leaves out."""
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -45,8 +47,8 @@ class LlamaConfig:
     num_key_value_heads: int
     head_dim: int
     vocab_size: int
-    max_position_embeddings: int = 4096
-    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
 
@@ -421,36 +423,37 @@ class VisualChat(nn.Module):
         """Open a checkpoint that `save_pretrained` wrote. The language model's layers are spread
         over the devices in order; the first has the vision tower, the last the head."""
         folder = checkpoint_path(folder)
-        config = read_json(folder / "config.json")
-        missing = {"attention", "projection", "feature_layer", "class_token"} - config.keys()
-        if missing:
-            raise InputError(f"{folder}/config.json is not that of a checkpoint of train.py: "
-                             f"{', '.join(sorted(missing))} missing")
+        has = read_checkpoint(folder)
         vision = load_vit(
-            folder / "vision_model",
+            has["vision_model"],
             dtype,
             devices[0],
-            config["feature_layer"],
-            config["class_token"])
-        language = load_llama(folder / "language_model", dtype, devices)
+            has["feature_layer"],
+            has["class_token"])
+        language = load_llama(has["language_model"], dtype, devices)
         # what is new in it is made nowhere before its weights come
         with torch.device("meta"):
-            model = cls(vision, language, config["attention"], config["projection"])
+            model = cls(vision, language, has["attention"], has["projection"])
+        model.load_joint(folder, dtype)
+        model.preprocessing = read_preprocessing(has["vision_model"], vision.config.image_size)
+        return model.eval()
+
+    def load_joint(self, folder, dtype=None):
+        """Fill what joins the two models, the projection and CrA's layers, from a checkpoint"""
+        language = self.language_model.model
         fill(
-            model.projection,
+            self.projection,
             weight_files(folder, "projection"),
             dtype=dtype,
-            place=lambda name: devices[0])
-        if model.cross_attention is not None:
+            place=lambda name: language.embed_tokens.weight.device)
+        if self.cross_attention is not None:
             # each beside the decoder layer that it stands before
             fill(
-                model.cross_attention,
+                self.cross_attention,
                 weight_files(folder, "cross_attention"),
                 dtype=dtype,
-                place=lambda name: language.model.layers[
+                place=lambda name: language.layers[
                     int(name.split(".")[0])].mlp.up_proj.weight.device)
-        model.preprocessing = read_preprocessing(folder / "vision_model", vision.config.image_size)
-        return model.eval()
 
     def save_pretrained(self, folder, tokenizer=None, bases=None):
         """Write a checkpoint. Bit-exact, but for LoRA, which is merged into plain weights.
@@ -460,9 +463,9 @@ class VisualChat(nn.Module):
             language_model/          config.json, model*.safetensors, tokenizer.model
             vision_model/            config.json, model*.safetensors, preprocessor_config.json
 
-        `from_pretrained` opens it for chat.py, with the attention it was trained with. train.py
-        begins from either folder, with a new projection, and transformers opens both (with LLaMA's
-        own, causal attention; the tower if it is CLIP's).
+        `from_pretrained` opens it for chat.py, with the attention it was trained with; train.py
+        goes on from it (--checkpoint), or begins from either folder with a new projection; and
+        transformers opens both (with LLaMA's own, causal attention; the tower if it is CLIP's).
 
         tokenizer: a data.Tokenizer, whose file is copied to language_model/. bases: the folders of
         language model and vision tower that were trained from; then the two folders hold only what
@@ -658,38 +661,34 @@ def read_llama_config(folder):
         "sliding_window": [],
         "hidden_act": ["silu", "swish"],
         "partial_rotary_factor": [1],
-        "rope_type": ["default"]}
+        "rope_type": ["default"],
+        "quantization_config": []}
     strange = [
         f"{name} = {config[name]!r}"
         for name in computed
         if config.get(name) not in [None, *computed[name]]]
     if strange:
         raise InputError(f"{file}: not supported by this LLaMA-2: {', '.join(strange)}")
-    # what transformers leaves out
-    with suppress(KeyError, TypeError, ZeroDivisionError):
-        config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
-    config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
-    defaults = {
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
-        "head_dim": 0}
-    return make_config(LlamaConfig, "a LLaMA", file, defaults | config)
+    # transformers leaves these out, too
+    heads = config.get("num_attention_heads")
+    config.setdefault("num_key_value_heads", heads)
+    config.setdefault("head_dim", heads and config.get("hidden_size", 0) // heads)
+    return make_config(LlamaConfig, file, config)
 
 
 def load_llama(
         folder,
         dtype=torch.float32,
-        device="cpu",
+        devices=["cpu"],
         empty=partial(torch.device, "meta")):
     """A LLaMA-2 from a folder in Hugging Face layout: config.json and *.safetensors (or *.bin), one
     file or shards.
 
-    device: one, or a list over which the layers are spread in order. empty() is the context in
-    which the model is made before its weights come: nowhere, or DeepSpeed's zero.Init, and then no
-    process holds more of it than its part."""
+    The layers are spread over the devices in order. empty() is the context in which the model is
+    made before its weights come: nowhere, or DeepSpeed's zero.Init, and then no process holds more
+    of it than its part."""
     with empty():
         model = Llama(read_llama_config(folder))
-    devices = device if isinstance(device, list) else [device]
     L = len(model.model.layers)
     layers = [devices[i * len(devices) // L] for i in range(L)]
     model.model.devices = layers if len(devices) > 1 else ()
@@ -907,11 +906,9 @@ def write_configs(model, folder, tokenizer, bases):
         "feature_layer": vision.feature_layer,
         "class_token": vision.class_token}
     language = {"model_type": "llama", **asdict(model.language_model.config)}
-    sizes = {
-        name: value
-        for name, value in asdict(vision).items()
-        if name not in own}
-    tower = {"model_type": "clip_vision_model", **sizes}
+    tower = {"model_type": "clip_vision_model", **asdict(vision)}
+    # they are no part of the tower
+    del tower["feature_layer"], tower["class_token"]
     if isinstance(vision, QwenConfig):
         tower = {"visual": vision.visual}
     preprocessing = {"image_processor_type": "CLIPImageProcessor", **model.preprocessing}
@@ -988,11 +985,6 @@ def write_json(path, content):
 
 
 # ---- what serves it: processes and devices -------------------------------------------------------
-
-def is_main():
-    """Whether this is the one process that prints and writes"""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
 
 def size_of(parameter):
     """The shape of a parameter, also where ZeRO-3 holds only this process's part of it"""

@@ -6,6 +6,7 @@ and the checkpoints. Not here: the model (model.py), the conversations and batch
 
     deepspeed train.py @demo/flags               the demo; a file of flags of your own is a recipe
     deepspeed train.py --language_model DIR --vision_model DIR --data_path DIR --datasets llava
+    deepspeed train.py --checkpoint out/best --datasets mine.json     goes on from what a run has made
     deepspeed --num_accelerators 2 train.py ...  two processes, also on a CPU
     python train.py ...                          one process, without the launcher
 
@@ -18,6 +19,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -25,7 +27,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -40,10 +42,11 @@ from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
 
 from data import (Samples, Tokenizer, Turn, arguments, check_fit, collate, encode, limit_length,
-                  printable, read_data)
-from model import VisualChat, add_lora, choose_device, is_main, load_llama, load_vit, size_of
-from vision import (InputError, number, positive, read_config, read_preprocessing, reason_of,
-                    write_whole)
+                  parse, pictures_of, printable, read_data)
+from model import (VisualChat, add_lora, bases, choose_device, load_llama, load_vit,
+                   size_of)
+from vision import (InputError, is_main, number, positive, read_config, read_preprocessing,
+                    reason_of, write_whole)
 
 BROKEN = 0.01  # the share of an epoch's samples that may have a picture that cannot be read
 
@@ -59,12 +62,12 @@ def command_line():
     share = number(float, 0, 1)
     count = number(int, 0)
     add("--attention", choices=["mmca", "causal", "cross"], default="mmca", help="the mechanism")
-    add("--feature_layer", type=int, default=-1, metavar="N",
+    add("--feature_layer", type=int, default=-1,
         help="CLIP's layer whose output is taken, -1 is the last")
     add("--trainable", choices=["recipe", "all"], default="recipe",
         help="recipe: embedding, projection, CrA's layers, LoRA")
-    add("--lora_rank", type=count, default=0, metavar="R", help="in the language model, 0 for none")
-    add("--vision_lora_rank", type=count, default=0, metavar="R", help="in the vision tower")
+    add("--lora_rank", type=count, default=0, help="in the language model, 0 for none")
+    add("--vision_lora_rank", type=count, default=0, help="in the vision tower")
 
     add("--epochs", type=positive, default=6, help="times through the data")
     add("--max_steps", type=positive, help="stop after so many steps (default: all of them)")
@@ -76,16 +79,16 @@ def command_line():
     add("--warmup", type=share, default=0.1, help="share of all steps in which the rate rises")
 
     add("--eval_fraction", type=share, default=0.1, help="share of conversations that is held out")
-    add("--eval_path", type=Path, metavar="DIR",
+    add("--eval_path", type=Path,
         help="hold nothing out, but measure on data sets in this folder")
-    add("--eval_datasets", nargs="+", metavar="NAME",
+    add("--eval_datasets", nargs="+",
         help="those of --eval_path (default: the same as --datasets)")
 
     either = parser.add_mutually_exclusive_group().add_argument
     either("--overwrite", action="store_true", help="replace the run that --out holds")
     either("--resume", action="store_true", help="continue it; without a state, begin anew")
-    add("--save_every", type=positive, default=500, metavar="STEPS",
-        help="from one state to resume from to the next")
+    add("--save_every", type=positive, default=500,
+        help="steps from one state to resume from to the next")
     add("--save_trained_only", action="store_true",
         help="checkpoints hold what was trained, LoRA as its factors, and where the rest is; the "
              "folders trained from must stay")
@@ -99,14 +102,14 @@ def command_line():
         help="make one graph of each layer by torch.compile (default: on a GPU; on a CPU it takes "
              "a C++ compiler and half a minute)")
     add("--no_compile", dest="compile", action="store_false", help="layers as they are written")
-    add("--deepspeed_config", type=Path, metavar="JSON",
-        help="DeepSpeed settings, merged over the built-in ones")
+    add("--deepspeed_config", type=Path,
+        help="a JSON file of DeepSpeed settings, merged over the built-in ones")
     add("--dtype", choices=["float32", "bfloat16", "float16"],
         help="number format (default: float32 on a CPU, else bfloat16 if it has it)")
-    add("--workers", type=number(int, 0, 65), default=2, metavar="N",
-        help="that read pictures, for each process")
+    add("--workers", type=number(int, 0, 65), default=2,
+        help="processes that read pictures, for each that trains")
     add("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it
-    return parser.parse_args()
+    return parse(parser)
 
 
 @dataclass
@@ -167,6 +170,10 @@ def train(args, progress):
         begin_log(log, resumed, args, epochs, held_out, trained)
     if resumed:
         load_state(engine, args.out, progress)
+    elif args.checkpoint:
+        # on the same data this is the loss that the run it comes from ended with (rounded anew, in
+        # 16 bit, where LoRA was merged)
+        measure(engine, held_out, tokenizer, args, progress, log, 0)
 
     # ---- 7. loop ----
     resumed_at = progress.step
@@ -189,19 +196,18 @@ def train(args, progress):
             progress.broken += counts.broken
             must_be_finite(loss, f"loss of step {progress.step}", args)
             check_broken(progress, epochs[epoch])
-            log_step(log, bar, progress, loss, rate, counts, seconds)
+            log_step(log, engine, bar, progress, loss, rate, counts, seconds)
             # an epoch's last state waits until its weights are measured, and so a good one stays
             if progress.step % args.save_every == 0 and progress.step < last:
                 save_state(engine, progress, args)
 
         # ---- 8. end of an epoch: measure, state, checkpoint, best ----
-        scores = [evaluate(engine, samples, tokenizer, args) for samples in held_out]
-        held_out_loss = report(scores, held_out, args, progress, log)
+        held_out_loss = measure(engine, held_out, tokenizer, args, progress, log, epoch + 1)
         if progress.step > resumed_at:
             save_state(engine, progress, args)
         name = f"epoch-{epoch + 1}"
-        bases = (args.language_model, args.vision_model) if args.save_trained_only else None
-        model.save_pretrained(args.out / name, tokenizer, bases)
+        rest = (args.language_model, args.vision_model) if args.save_trained_only else None
+        model.save_pretrained(args.out / name, tokenizer, rest)
         # with nothing held out the last epoch is the best
         if held_out_loss <= progress.best:
             progress.best = held_out_loss
@@ -213,9 +219,10 @@ def train(args, progress):
     # ---- 9. end ----
     bar.close()
     if is_main():
-        # first of all the name: a half of a state is never taken for the whole
-        (args.out / "state/latest").unlink()
-        shutil.rmtree(args.out / "state")
+        remove(made(args.out, STATE))
+        # unless somebody's copy lies there
+        with suppress(OSError):
+            (args.out / "state").rmdir()
         print(f"{progress.step} steps; {progress.rounds_left_out} rounds left out (--max_length, "
               f"--max_images); the model is in {args.out}/best")
     dist.destroy_process_group()
@@ -241,11 +248,12 @@ def train_step(engine, micro_batches, trained_tokens):
     return total.item() / max(trained_tokens, 1)
 
 
-def log_step(log, bar, progress, loss, rate, counts, seconds):
+def log_step(log, engine, bar, progress, loss, rate, counts, seconds):
     """A step in the log and in the bar"""
     # a step in which nothing was to be learned has no loss
-    write(log, progress, epoch=progress.epoch + 1, loss=loss if counts.trained_tokens else None,
-          learning_rate=rate, **counts._asdict(), seconds=round(seconds, 4))
+    write(log, engine, progress, epoch=progress.epoch + 1,
+          loss=loss if counts.trained_tokens else None, learning_rate=rate, **counts._asdict(),
+          seconds=round(seconds, 4))
     bar.set_postfix_str(f"loss {loss:.4f}, rate {rate:.2e}, {counts.tokens / seconds:.0f} tokens/s")
     bar.update()
 
@@ -294,8 +302,8 @@ def deal(conversations, args, rank, world, done=0):
     each process a part of it. Then all work on like sizes."""
     def size(index):
         turns = conversations[index]
-        images = sum(len(turn.images) for turn in turns)
-        return images, sum(len(turn.question) + len(turn.answer) for turn in turns)
+        letters = sum(len(turn.question) + len(turn.answer) for turn in turns)
+        return len(pictures_of(turns)), letters
 
     parts = world * accumulation_of(args, world)
     for start in range(0, len(conversations), args.batch_size)[done:]:
@@ -397,8 +405,10 @@ def evaluate(engine, samples, tokenizer, args):
     return Score(*sums.tolist())
 
 
-def report(scores, held_out, args, progress, log):
-    """Write Scores to log and terminal -> the mean held-out loss, inf if nothing is held out"""
+def measure(engine, held_out, tokenizer, args, progress, log, epoch):
+    """Evaluate after an epoch, or before the first (0), for log and terminal -> the mean held-out
+    loss, inf if nothing is held out"""
+    scores = [evaluate(engine, samples, tokenizer, args) for samples in held_out]
     both = Score(*map(sum, zip([0] * 4, *scores)))
     if not both.answers:
         return math.inf
@@ -407,8 +417,8 @@ def report(scores, held_out, args, progress, log):
     exact = both.exact / both.answers
     shares = {samples.sets[0].name: score.exact / score.answers
               for samples, score in zip(held_out, scores) if score.answers}
-    epoch = progress.epoch + 1
-    write(log, progress, epoch=epoch, eval_loss=loss, eval_exact=exact, eval_exact_of=shares)
+    write(log, engine, progress, epoch=epoch, eval_loss=loss, eval_exact=exact,
+          eval_exact_of=shares)
     if log:
         tqdm.write(f"epoch {epoch}: held-out loss {loss:.4f}, exact match {exact:.2%}")
         for name, share in shares.items() if len(shares) > 1 else ():
@@ -420,6 +430,7 @@ def report(scores, held_out, args, progress, log):
 
 def make_model(args, device, deepspeed, settings):
     """-> VisualChat of the vision tower and the language model in their folders, and its Tokenizer.
+    What joins the two is new, or that of --checkpoint.
 
     How 70B get into 8 GPUs under ZeRO-3: in the context zero.Init each parameter that is made is
     cut into 8 parts at once. `fill` (model.py) then takes tensor after tensor from the files:
@@ -434,7 +445,7 @@ def make_model(args, device, deepspeed, settings):
         options = {"empty": lambda: spread}
     vision = load_vit(args.vision_model, args.dtype, device, args.feature_layer, args.class_token,
                       **options)
-    language = load_llama(args.language_model, args.dtype, device, **options)
+    language = load_llama(args.language_model, args.dtype, [device], **options)
     tokenizer = Tokenizer(args.language_model / "tokenizer.model")
     if len(tokenizer) > language.config.vocab_size:
         raise InputError(f"{tokenizer.file} has {len(tokenizer)} pieces, the language model only "
@@ -445,6 +456,11 @@ def make_model(args, device, deepspeed, settings):
         model = VisualChat(vision, language, args.attention, args.projection)
         add_lora(language.model.layers, args.lora_rank)
         add_lora(vision.blocks, args.vision_lora_rank)
+    if args.checkpoint:
+        model.load_joint(args.checkpoint)
+    elif is_main() and list(args.language_model.parent.glob("projection*.safetensors")):
+        print("the projection begins anew; --checkpoint "
+              f"{args.language_model.parent} goes on with the one there")
     language.model.gradient_checkpointing = args.gradient_checkpointing
     vision.gradient_checkpointing = args.gradient_checkpointing
     model.preprocessing = read_preprocessing(args.vision_model, vision.config.image_size)
@@ -665,22 +681,40 @@ def open_log(args):
               "writes there")
     # a run that has ended has epochs and no state
     ended = list(out.glob("epoch-*")) and not saved_step(out)
+    earlier = made(out, MADE)
     # opened to append, the log says by its position how long it is
-    if (log.tell() or remains(out)) and not (args.overwrite or args.resume and not ended):
+    if (log.tell() or earlier) and not (args.overwrite or args.resume and not ended):
         raise InputError(f"--out {out} already holds a run; name another folder, or add "
                          "--overwrite to replace it or, if it was interrupted, --resume to "
                          "continue it")
-    for folder in (args.language_model, args.vision_model):
-        if args.overwrite and out.resolve() in folder.resolve().parents:
+    for folder in (*bases(args.language_model), *bases(args.vision_model)):
+        if any(folder.resolve().is_relative_to(path) for path in earlier):
             raise InputError(f"{folder} lies in --out {out}, which this run would replace; name "
                              "another folder")
     return log
 
 
-def remains(out):
-    """What an earlier run has left beside its log"""
-    return [path for kind in ("epoch-*", "best", "state", ".*.unfinished")
-            for path in out.glob(kind)]
+# what a run makes; a copy that somebody has made, such as epoch-2-backup, is left alone
+STATE = r"state/(latest|step-\d+|zero_to_(fp32|torch)\.py)"
+MADE = rf"best|epoch-\d+|\..*\.unfinished|{STATE}"
+
+
+def made(out, names):
+    """What a run has made in its folder under these names; latest before the state, so that a half
+    of one, while it is removed, is never taken for the whole"""
+    out = out.resolve()
+    paths = sorted([*out.glob("*"), *out.glob("state/*")])
+    return [path for path in paths if re.fullmatch(names, str(path.relative_to(out)))]
+
+
+def remove(paths):
+    """Remove files and folders"""
+    for path in paths:
+        # a link is removed, not what it leads to
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 # flags that change no step of a run, or nothing but its rounding
@@ -701,23 +735,27 @@ def begin_log(log, resumed, args, epochs, held_out, trained):
     if resumed:
         log.seek(0)
         before = json.loads(log.readline() or "{}")
-        for name in now.keys() - FREE:
-            if before.get(name) != now[name]:
+        for name in now:
+            if name not in FREE and before.get(name) != now[name]:
                 raise InputError(f"--resume: the {name} was {before.get(name)}, here it is "
                                  f"{now[name]}; make it the same again, or begin anew with "
                                  "--overwrite")
         return
-    for path in remains(args.out):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    remove(made(args.out, MADE))
     log.truncate(0)
     print(json.dumps({"step": 0, **now}), file=log, flush=True)
 
 
-def write(log, progress, **values):
+def write(log, engine, progress, **values):
     """A line of the log, where there is one. After --resume some steps come twice: the later line
-    is what holds"""
+    is what holds. Its numbers go to DeepSpeed's monitors too (TensorBoard, csv_monitor, ...), if
+    --deepspeed_config has any, as its own do: by samples"""
     if log:
         print(json.dumps({"step": progress.step, **values}), file=log, flush=True)
+    engine.monitor.write_events([
+        (f"Train/Samples/{name}", value, engine.global_samples)
+        for name, value in values.items()
+        if isinstance(value, int | float)])
 
 
 def saved_step(out):
@@ -743,9 +781,8 @@ def save_state(engine, progress, args):
         # the latest. (DeepSpeed's own way of naming it could be cut in the middle)
         if is_main():
             write_whole(folder / "latest", name)
-            for earlier in folder.glob("step-*"):
-                if earlier.name != name:
-                    shutil.rmtree(earlier)
+            remove(path for path in made(args.out, r"state/step-\d+")
+                   if path.name != name)
     except (OSError, RuntimeError) as error:  # torch says RuntimeError when a disk is full
         raise InputError(f"the state of step {progress.step} cannot be written to {folder} (is the "
                          f"disk full?): {reason_of(error)}") from error

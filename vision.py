@@ -331,7 +331,7 @@ def read_vit_config(folder, feature_layer=-1, class_token=True):
         config = qwen_config(read_section(whole, "visual"), file)
         layers = 1
     elif section.get("model_type", whole.get("model_type")) in ("clip", "clip_vision_model"):
-        config = make_config(ViTConfig, "a CLIP vision model", file, section)
+        config = make_config(ViTConfig, file, section)
         config.feature_layer = feature_layer
         config.class_token = class_token
         layers = config.num_hidden_layers
@@ -363,13 +363,29 @@ def qwen_config(visual, file):
                          "section visual") from error
 
 
-def make_config(kind, what, file, section):
+def read_checkpoint(folder):
+    """The model in a checkpoint that train.py wrote, under the names of train.py's flags: its two
+    folders, and from config.json how they are joined"""
+    model = {
+        "language_model": folder / "language_model",
+        "vision_model": folder / "vision_model"}
+    config = read_config(folder / "config.json")
+    try:
+        for name in ("attention", "projection", "feature_layer", "class_token"):
+            model[name] = config[name]
+    except KeyError as error:
+        raise InputError(f"{folder}/config.json is not that of a checkpoint of train.py: {error} "
+                         "missing") from error
+    return model
+
+
+def make_config(kind, file, section):
     """A dataclass of sizes from a section of a config.json; InputError names what is missing"""
     known = {f.name: section[f.name] for f in fields(kind) if f.name in section}
     try:
         return kind(**known)
     except TypeError as error:
-        raise InputError(f"{file} is not that of {what}: {reason_of(error)}") from error
+        raise InputError(f"{file} has not all sizes: {reason_of(error)}") from error
 
 
 def count_image_tokens(projection, vision):
@@ -499,22 +515,27 @@ STEPS = {
 
 
 def read_preprocessing(folder, image_size):
-    """preprocessor_config.json of a folder as a dict, or CLIP's own for pictures of image_size
-    where there is none. `size` is {"shortest_edge": 224} or {"height": 224, "width": 224}, and
+    """preprocessor_config.json of a folder as a dict, or what transformers 5 writes in its place,
+    the section image_processor of processor_config.json; where there is none, CLIP's own for
+    pictures of image_size. `size` is {"shortest_edge": 224} or {"height": 224, "width": 224}, and
     `crop_size` the latter, also where the file says 224, as old ones do."""
     file = Path(folder) / "preprocessor_config.json"
     config = {"size": image_size, "crop_size": image_size, **CLIP_PREPROCESSING, **STEPS}
     if file.exists():
         config |= read_config(file)
+    newer = file.with_name("processor_config.json")
+    if newer.exists():
+        config |= read_section(read_config(newer), "image_processor")
     for name, done in STEPS.items():
         if config[name] != done:
-            raise InputError(f"{file}: {name} = {config[name]!r} is not supported, only {done}")
+            raise InputError(f"{folder}: pictures with {name} = {config[name]!r} are not "
+                             f"supported, only {done}")
     if isinstance(config["size"], int):
         config["size"] = {"shortest_edge": config["size"]}
     square = {"height": image_size, "width": image_size}
     if config["crop_size"] not in (image_size, square):
-        raise InputError(f"{file} makes pictures of {config['crop_size']}, the vision model takes "
-                         f"{image_size} x {image_size}")
+        raise InputError(f"{folder} makes pictures of {config['crop_size']}, the vision model "
+                         f"takes {image_size} x {image_size}")
     config["crop_size"] = square
     return config
 
@@ -530,6 +551,11 @@ def reason_of(error):
     """What an exception says, its first forty words in one line"""
     said = getattr(error, "strerror", None) or str(error) or repr(error)
     return " ".join(said.split()[:40])
+
+
+def is_main():
+    """Whether this is the one process that prints and writes"""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def number(kind, low, below=math.inf):
@@ -550,12 +576,24 @@ def read_json(path, kind=dict):
     """The object, or with kind=list the list, in a JSON file; InputError with the file and where in
     it the fault is."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        text = Path(path).read_text(encoding="utf-8-sig")
+        content = json.loads(text, object_pairs_hook=once)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {reason_of(error)}") from error
     if not isinstance(content, kind):
         raise InputError(f"{path} holds no JSON {'object' if kind is dict else 'list'}")
     return content
+
+
+def once(pairs):
+    """The object of these (name, value): where a name stands twice, Python would drop the first
+    value without a word"""
+    section = {}
+    for name, value in pairs:
+        if name in section:
+            raise ValueError(f"the name {name!r} stands twice in an object")
+        section[name] = value
+    return section
 
 
 def without_null(section):

@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import (SYSTEM, Epoch, Tokenizer, arguments, printable, quote,  # noqa: E402
+from data import (SYSTEM, Epoch, Tokenizer, arguments, parse, printable, quote,  # noqa: E402
                   read_datasets, whole)
 from model import (Llama, make_vit, plain_weights, read_llama_config,  # noqa: E402
                    save_weights, write_json)
@@ -88,10 +88,11 @@ def write_language_model(args, folder):
 
 
 def write_vision_model(args, folder):
-    """Write config.json, preprocessor_config.json if there is one, and weights -> ViT or QwenViT"""
+    """Write config.json, what says how pictures are prepared if it is there, and weights -> ViT or
+    QwenViT"""
     sizes = read_vit_config(args.vision_model)
     folder.mkdir(parents=True)
-    for name in ("config.json", "preprocessor_config.json"):
+    for name in ("config.json", "preprocessor_config.json", "processor_config.json"):
         if (args.vision_model / name).exists():
             shutil.copyfile(args.vision_model / name, folder / name)
     model = make_vit(sizes)
@@ -108,7 +109,7 @@ def write_vision_model(args, folder):
 def main():
     """The command line; what the user can mend is one sentence on stderr and exit code 2"""
     parser, _ = arguments("Make a language model and a vision tower of random numbers.")
-    args = parser.parse_args()
+    args = parse(parser)
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character
     # both are written beside and renamed at the end: a half is never taken for the whole
     unfinished = args.out.resolve().with_name(f".{args.out.resolve().name}.unfinished")

@@ -2,7 +2,7 @@
 
     python tests/experiment.py            causal, cross and mmca from demo/'s two models, 5 sizes of training set, 5 seeds each; at one
                                           size other rules for the image tokens, no LoRA, and (3 seeds) the three with three times
-                                          the steps: 109 runs, one for each core at a time
+                                          the steps: 114 runs, one for each core at a time
     python tests/experiment.py --seeds 1  a fifth of it
     python tests/experiment.py --quick    causal, cross and mmca, 2 sizes, 1 seed, a third of the steps: minutes
 
@@ -59,6 +59,15 @@ def earlier_text(modality):
     return M.masked_fill(past & (modality == IMAGE)[:, :, None] & (modality == TEXT)[:, None, :], 1), False
 
 
+def own_number(modality):
+    """Image tokens see the number in their picture's heading too, and nothing else: it stands two places before the first of them"""
+    M, image = attention_matrix(modality, modality), modality == IMAGE
+    place = torch.arange(modality.shape[1], device=modality.device)                          # (T)
+    begins = image & ~image.roll(1, 1)                                                       # (B, T)
+    number = (place * begins).cummax(1).values - 2                                           # (B, T)
+    return M.masked_fill(image[:, :, None] & (place == number[:, :, None]), 1), False
+
+
 def average(modality):
     """The mean of the two softmaxes instead of their sum, where a row has both"""
     return attention_matrix(modality, modality), True
@@ -66,6 +75,7 @@ def average(modality):
 
 MECHANISMS = {"causal": ("causal", None, RANK), "cross": ("cross", None, RANK), "mmca": ("mmca", None, RANK)}
 ABLATIONS = {"one softmax over the union": ("mmca", union, RANK), "image tokens see earlier text": ("mmca", earlier_text, RANK),
+             "image tokens see their number": ("mmca", own_number, RANK),
              "average instead of sum": ("mmca", average, RANK), "causal without LoRA": ("causal", None, 0), "mmca without LoRA": ("mmca", None, 0)}
 VARIANTS = MECHANISMS | ABLATIONS  # name: attention, rule, rank of LoRA
 

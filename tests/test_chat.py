@@ -753,10 +753,13 @@ def test_scripts_write_the_csv_of_the_original(tmp_path):
     assert [row[:3] for row in rows[1:]] == [["one", "pictures/alpha_rgba.png 'b c.png'", "What?"], ["one", "", 'Why, "so"?'], ["two", "", "Hello"]]
     talk = Chat(tiny_model(), TOKENIZER)
     assert rows[1][3] == TOKENIZER.decode(list(talk.ask("What?", [tmp_path / "pictures/alpha_rgba.png", tmp_path / "b c.png"], 6)))
-    for wrong in ([["What?"]], {"one": ["What?"]}, {"one": None}, {"one": [["What?", "a.jpg", "b.jpg"]]}, {"one": [["What?", None]]}, {"one": [[]]}):
+    for wrong in ([["What?"]], {"one": {}}, {"one": ""}, {"one": ["What?"]}, {"one": None}, {"one": [["What?", "a.jpg", "b.jpg"]]}, {"one": [["What?", None]]}, {"one": [[]]}):
         (tmp_path / "bad.json").write_text(json.dumps(wrong))
         with pytest.raises(InputError, match="bad.json"):
             run_script(talk, tmp_path / "bad.json", tmp_path / "b.csv", ANSWERING)
+    (tmp_path / "bad.json").write_text('{"one": [["Who?"]], "two": [["Hello"]], "one": [["Why?"]]}')
+    with pytest.raises(InputError, match="bad.json cannot be read: the name 'one' stands twice"):
+        run_script(talk, tmp_path / "bad.json", tmp_path / "b.csv", ANSWERING)
     assert not (tmp_path / "b.csv").exists()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT
+from conftest import FIXTURES, ROOT, tiny_model
 
 from data import (DATASETS, DESCRIBE, REASON, Epoch, Samples, Tokenizer, Turn, collate, concatenate, encode, hold_out, picture_index,
                   read_datasets)
@@ -423,7 +423,9 @@ def test_show_prints_what_the_model_sees(sets):
     break_json(sets / "SparklesDialogueCC/annotations/SparklesDialogueCC.json", lambda c: c[3]["dialogue"][0]["images"][0].update(image_id="\x1b[2J"))
     (sets / "coco/train2017/000000268831.jpg").unlink()
     (sets / "mine.json").write_text("\ufeff" + json.dumps([[{"images": ["\ud800\x1b[2J.jpg"], "question": "\ud800", "answer": "a"}]]))
-    command = [sys.executable, "data.py", "--show", "13", "--language_model", FIXTURES, "--vision_model", FIXTURES / "tiny-clip",
+    shutil.copy(FIXTURES / "tokenizer.model", sets)
+    (sets / "config.json").write_text("{}")
+    command = [sys.executable, "data.py", "--show", "13", "--language_model", sets, "--vision_model", FIXTURES / "tiny-clip",
                "--data_path", sets, "--out", sets / "out", "--concatenate", "1", "--datasets", "llava", "sparkles_dialogue"]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -439,9 +441,8 @@ def test_show_prints_what_the_model_sees(sets):
     assert counts[4].strip().startswith("5 left out: SparklesDialogueCC[2]: odd number of messages; SparklesDialogueCC[3]: a picture file is missing; ")
     done = subprocess.run([*map(str, command), sets / "mine.json"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "1 left out: " in done.stdout and "\x1b" not in done.stdout, done.stderr
-    shutil.copy(FIXTURES / "tokenizer.model", sets)
     (sets / "config.json").write_text('{"max_position_embeddings": 128}')
-    done = subprocess.run([*map(str, command), "--language_model", sets], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.startswith("--max_length 4096 is more than the language model's positions: 128 is taken\n"), done.stderr
     assert int(done.stdout.splitlines()[-2].split()[-1]) <= 128
     done = subprocess.run([*map(str, command), "lava"], cwd=ROOT, capture_output=True, text=True)
@@ -452,8 +453,8 @@ def test_show_prints_what_the_model_sees(sets):
 def test_show_on_a_terminal_that_lacks_a_character(tmp_path):
     """PYTHONIOENCODING=ascii, as in cron and in containers"""
     (tmp_path / "zh.json").write_text(json.dumps([[{"question": "这是什么?", "answer": "猫"}]]))
-    command = [sys.executable, "data.py", "--show", "1", "--language_model", FIXTURES, "--vision_model", FIXTURES / "tiny-clip", "--out", tmp_path / "out",
-               "--datasets", tmp_path / "zh.json"]
+    tiny_model().save_pretrained(tmp_path / "it", TOKENIZER)
+    command = [sys.executable, "data.py", "--show", "1", "--checkpoint", tmp_path / "it", "--out", tmp_path / "out", "--datasets", tmp_path / "zh.json"]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and "### Question: ????? \n### Answer:[?][</s>]" in done.stdout, done.stdout + done.stderr
 

@@ -9,7 +9,7 @@ from conftest import ROOT, sequence, tiny_model
 
 import experiment
 import train
-from data import Turn
+from data import Tokenizer, Turn, encode
 from mmca import IMAGE, TEXT, attention_matrix
 
 T, I = TEXT, IMAGE  # noqa: E741
@@ -22,6 +22,18 @@ T, I = TEXT, IMAGE  # noqa: E741
 def test_each_of_the_other_rules_has_its_matrix(rule, rows):
     M, _ = rule(torch.tensor([[T, T, I, T]]))
     assert " ".join("".join(map(str, row)).replace("0", ".") for row in M[0].tolist()) == rows
+
+
+def test_image_tokens_see_the_number_in_their_heading_and_no_other_word():
+    tokenizer, talk = Tokenizer(ROOT / "demo/language_model/tokenizer.model"), [Turn("What?", "A.", ["a", "b"]), Turn("And?", "B.", ["c"])]
+    example = encode(talk, tokenizer, 5)
+    modality = example.modality[None]
+    M, halved = experiment.own_number(modality)
+    expected, image = attention_matrix(modality, modality), modality[0] == IMAGE
+    assert torch.equal(M[0, ~image], expected[0, ~image]) and not halved
+    more = (M - expected)[0, image].nonzero()
+    assert more[:, 0].tolist() == list(range(15)), "each one more"
+    assert [tokenizer.decode([int(example.input_ids[column])]).strip() for column in more[:, 1]] == ["1"] * 5 + ["2"] * 5 + ["3"] * 5
 
 
 def test_a_rule_goes_through_the_whole_model(monkeypatch):

@@ -70,6 +70,7 @@ def test_odd_but_legal_configurations_are_read(tmp_path, change):
                                           ({"rope_scaling": {"factor": 4.0}}, "rope_type = 'missing'"),
                                           ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_type = 'missing'"),
                                           ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "llama3"),
+                                          ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config = .*'gptq'"),
                                           ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
                                           ({"hidden_act": "gelu"}, "hidden_act"),
                                           ({"model_type": "mistral"}, "mistral")])
@@ -145,10 +146,12 @@ def test_bin_files_open_without_running_code(tmp_path, monkeypatch, new):
         file.write_bytes(data[:dice.choice([None, dice.randrange(len(data))])])
         with suppress(InputError):
             load_llama(tmp_path)
-    for text in ("version https://git-lfs.github.com/spec/v1\noid sha256:1", "<html>", "", "\0" * 99):
-        file.write_text(text)
-        with pytest.raises(InputError, match="cannot be read: .* Git LFS pointer"):
-            load_llama(tmp_path)
+    for name in ("pytorch_model.bin", "model.safetensors"):  # the second is looked for first
+        for text in ("version https://git-lfs.github.com/spec/v1\noid sha256:1", "<html>", "", "\0" * 99):
+            (tmp_path / name).write_text(text)
+            with pytest.raises(InputError, match=f"{name} cannot be read: .* Git LFS pointer"):
+                load_llama(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     torch.save({"lm_head.weight": Harm()}, file, _use_new_zipfile_serialization=new)
     with pytest.raises(InputError, match="hold more than tensors, and code in them could run"):
         load_llama(tmp_path)

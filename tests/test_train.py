@@ -94,8 +94,8 @@ def heard(folder):
 
 def words(folder, flags):
     """What a user types behind the word python"""
-    return list(map(str, ["train.py", "--language_model", folder / "llama", "--vision_model", FIXTURES / "tiny-clip", "--data_path", folder,
-                          "--out", folder / "out", "--workers", "1", *flags]))
+    model = [] if "--checkpoint" in flags else ["--language_model", folder / "llama", "--vision_model", FIXTURES / "tiny-clip"]
+    return list(map(str, ["train.py", *model, "--data_path", folder, "--out", folder / "out", "--workers", "1", *flags]))
 
 
 def begin(folder, *flags, two=False, code="import train; train.main()", port=None, limits={}, **environment):
@@ -352,6 +352,82 @@ def test_every_weight_is_trained_with_another_projection_and_layer_and_chats(fol
     assert "already holds a run" in run(folder, *flags, fails=True)
 
 
+@pytest.mark.parametrize("kind, two, more", [
+    ("mmca", False, ["--zero_stage", "0"]), ("mmca", True, ["--save_trained_only", "--vision_lora_rank", "2"]),
+    ("cross", False, ["--projection", "vit", "--zero_stage", "3"]), ("cross", True, ["--feature_layer", "-2", "--no_class_token"])])
+def test_a_run_begins_from_a_checkpoint_where_the_other_ended(folder, kind, two, more):
+    """The held-out loss before its first step is that after the last of the run before, with a new LoRA over the merged one; on other data it learns"""
+    flags = ["--datasets", "llava_dial", "--batch_size", "4", "--micro_batch_size", "2", "--eval_fraction", "0.3", "--lora_rank", "2", "--learning_rate", "0.01"]
+    (ended,) = [line for line in run(folder, *flags, *more, "--attention", kind, "--epochs", "1", two=two) if "eval_loss" in line]
+    (folder / "out").rename(folder / "first")
+    again = ["--checkpoint", folder / "first/best", *[flag for flag in more if "trained_only" in flag]]
+    begun, _ = [line for line in run(folder, *flags, *again, "--epochs", "1", two=two) if "eval_loss" in line]
+    assert (begun["step"], begun["epoch"], begun["eval_exact"]) == (0, 0, ended["eval_exact"])
+    assert begun["eval_loss"] == pytest.approx(ended["eval_loss"], rel=2e-6)
+    assert f"epoch 0: held-out loss {begun['eval_loss']:.4f}, " in (folder / "run.err").read_text() + (folder / "run.out").read_text()
+    model = VisualChat.from_pretrained(folder / "out/best")
+    before = VisualChat.from_pretrained(folder / "first/best")
+    assert model.vision_model.config == before.vision_model.config and (model.attention, model.projection_kind) == (kind, before.projection_kind)
+    assert not torch.equal(next(model.projection.parameters()), next(before.projection.parameters())), "it is trained"
+    if kind == "cross":
+        assert all(layer.gate for layer in before.cross_attention), "the layers that were added are not new"
+    (folder / "again.json").write_text(json.dumps([[{"images": ["coco/train2017/palette_p.png"], "question": "Who?", "answer": "a dog"}]] * 8))
+    other = ["--datasets", folder / "again.json", "--checkpoint", folder / "out/best", "--out", folder / "other", "--learning_rate", "0.01"]
+    run(folder, *other, "--batch_size", "4", "--epochs", "4", "--eval_fraction", "0.2", two=two)
+    scores = [json.loads(line) for line in (folder / "other/log.jsonl").read_text().splitlines()]
+    scores = [line["eval_loss"] for line in scores if "eval_loss" in line]
+    assert len(scores) == 5 and scores[-1] < scores[0] / 2
+
+
+def test_what_a_checkpoint_has_is_not_asked_for(folder):
+    """The same again is no contradiction, another one is; its folders by hand are said to leave its projection"""
+    flags = ["--datasets", "llava_dial", "--batch_size", "4", "--max_steps", "1", "--eval_fraction", "0"]
+    run(folder, *flags, "--attention", "cross")
+    (folder / "out").rename(folder / "first")
+    first = folder / "first/epoch-1"
+    again = [*flags, "--checkpoint", folder / "first/best", "--overwrite"]
+    run(folder, *again, "--attention", "cross", "--language_model", folder / "first/best/language_model")
+    for name, value, other in (("attention", "cross", "mmca"), ("projection", "linear", "vit"), ("feature_layer", -1, "-2"), ("class_token", True, None),
+                               ("language_model", first / "language_model", folder / "llama"), ("vision_model", first / "vision_model", FIXTURES)):
+        typed = [f"--{name}", other] if other else ["--no_class_token"]
+        message = run(folder, *again, *typed, fails=True)
+        assert f"the {name} of --checkpoint {first} is {value}, and a flag says {other or False}: leave that flag out" in message
+    by_hand = [*flags, "--language_model", first / "language_model", "--vision_model", first / "vision_model", "--overwrite"]
+    run(folder, *by_hand)
+    assert (folder / "run.out").read_text().count(f"the projection begins anew; --checkpoint {first} goes on with the one there\n") == 1
+    run(folder, *flags, "--overwrite")
+    assert "begins anew" not in (folder / "run.out").read_text()
+    assert "config.json is not that of a checkpoint of train.py: 'attention' missing" in run(folder, *flags, "--checkpoint", folder / "llama", fails=True)
+    assert "nowhere/config.json cannot be read: No such file" in run(folder, *flags, "--checkpoint", folder / "nowhere", fails=True)
+    before = {path: path.stat().st_mtime_ns for path in (folder / "first").rglob("*")}
+    run(folder, *again, "--save_trained_only")
+    second = ["--checkpoint", folder / "out/best", "--out", folder / "first"]
+    assert f"{first}/language_model lies in --out {folder}/first, which this run would replace" in run(folder, *flags, *second, "--overwrite", fails=True)
+    shutil.copytree(first, folder / "copy/epoch-1")
+    for how in ("--resume", "--overwrite"):  # a checkpoint that was copied there, and no state
+        own = ["--checkpoint", folder / "copy/epoch-1", "--out", folder / "copy", how]
+        assert re.search("already holds a run|lies in --out", run(folder, *flags, *own, fails=True))
+    assert {path: path.stat().st_mtime_ns for path in (folder / "first").rglob("*")} == before | {folder / "first/log.jsonl": before[folder / "first/log.jsonl"]}
+    (folder / "copy/epoch-1").rename(folder / "copy/epoch-1-backup")
+    run(folder, *flags, "--checkpoint", folder / "copy/epoch-1-backup", "--out", folder / "copy", "--overwrite")
+    (folder / "first/epoch-1/projection.safetensors").unlink()
+    assert "first/epoch-1 holds no weights: projection.safetensors" in run(folder, *again, fails=True)
+    (folder / "recipe").write_text("--seed '1")
+    assert "No closing quotation" in run(folder, f"@{folder}/recipe", fails=True)
+
+
+@pytest.mark.parametrize("two", [False, True])
+def test_monitors_have_every_number_of_the_log(mine, two):
+    """DeepSpeed's csv_monitor, over the samples seen; with TensorBoard and others it is the same call"""
+    folder, flags = mine
+    (folder / "ds.json").write_text(json.dumps({"csv_monitor": {"enabled": True, "output_path": str(folder / "curves"), "job_name": "it"}}))
+    log = run(folder, *flags, "--micro_batch_size", "2", "--eval_fraction", "0.3", "--deepspeed_config", folder / "ds.json", two=two)
+    for name, count in (("loss", 6), ("learning_rate", 6), ("trained_tokens", 6), ("eval_loss", 3), ("eval_exact", 3)):
+        expected = [[str(4 * line["step"]), str(line[name])] for line in log if name in line]
+        rows = [line.split(",") for line in (folder / f"curves/it/Train_Samples_{name}.csv").read_text().splitlines()]
+        assert rows == [["step", name], *expected] and len(expected) == count
+
+
 def test_bad_input_is_one_sentence_and_exit_code_2(folder):
     base = ["--datasets", "llava_dial", "--batch_size", "4"]
     assert "'lava' is not known; the known ones are llava," in run(folder, "--datasets", "lava", fails=True)
@@ -370,9 +446,10 @@ def test_bad_input_is_one_sentence_and_exit_code_2(folder):
     model = folder / "out/epoch-1"
     model.mkdir()
     assert "already holds a run" in run(folder, *base, fails=True)
+    (model / "config.json").write_text("{}")
     assert "lies in --out" in run(folder, *base, "--overwrite", "--vision_model", model, fails=True) and model.exists()
     assert "config.json cannot be read" in run(folder, *base, "--overwrite", "--vision_model", folder, fails=True) and model.exists()
-    model.rmdir()
+    shutil.rmtree(model)
 
 
 def test_deepspeed_compiles_nothing(folder):
@@ -636,7 +713,9 @@ def test_broken_and_missing_pictures_are_replaced_and_named_until_they_are_too_m
     message = run(folder, *flags, "--overwrite", two=True, fails=True)
     assert re.search(r"\d+ samples of this epoch have a picture that cannot be read, more than 1%", message)
     records(folder, [good[n % len(good)] for n in range(296)] + ["gone.jpg"] * 4)
-    message = run(folder, *flags, "--overwrite", "--vision_model", folder / "nowhere", fails=True)
+    (folder / "empty").mkdir()
+    (folder / "empty/config.json").write_text("{}")
+    message = run(folder, *flags, "--overwrite", "--vision_model", folder / "empty", fails=True)
     assert "4 of 300 conversations lack a picture, more than 1%" in message, "before a model is opened"
 
 
@@ -842,9 +921,17 @@ def test_a_full_disk_loses_nothing_and_a_state_of_another_run_is_refused(folder)
     (out / "log.jsonl").write_text("")
     assert re.search(r"--resume: the .* was None, here it is ", run(folder, *resume, fails=True)), "what the run was is no longer known"
     (out / "log.jsonl").write_text(begun)
-    (out / "state-backup").mkdir()  # somebody's copy is left alone
+    copies = [out / name for name in ("epoch-1-backup", "state/step-3-backup", "state-backup")]  # somebody's, left alone at the next save, at the end and later
+    for copy in copies:
+        copy.mkdir()
     log = run(folder, *resume)
-    assert left(folder) == ["best", "epoch-1", "epoch-2", "log.jsonl", "state-backup"]
+    assert left(folder) == ["best", "epoch-1", "epoch-1-backup", "epoch-2", "log.jsonl", "state", "state-backup"] and [*out.glob("state/*")] == copies[1:2]
+    copies[1].rename(out / "step-3")
+    (out / "epoch-1").rename(folder / "elsewhere")
+    (out / "epoch-1").symlink_to(folder / "elsewhere")
+    run(folder, *flags[:-2], "--eval_fraction", "0", "--max_steps", "1", "--overwrite")
+    assert left(folder) == ["best", "epoch-1", "epoch-1-backup", "log.jsonl", "state-backup", "step-3"], "and epoch-2 is replaced"
+    assert (folder / "elsewhere/config.json").exists() and not (out / "epoch-1").is_symlink()
     assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4, 5, 6] and (checkpoint_path(out / "best") / "config.json").exists()
 
 
@@ -1030,7 +1117,8 @@ def test_a_disk_that_knows_no_locks_is_named(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(95, "Operation not supported")
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--language_model", "a", "--vision_model", "b", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--language_model", str(FIXTURES / "tiny-llama"), "--vision_model", str(FIXTURES / "tiny-clip"),
+                                      "--out", str(tmp_path / "out")])
     train.open_log(command_line())
     assert capsys.readouterr().out == f"--out {tmp_path}/out cannot be locked (Operation not supported): take care that no other run writes there\n"
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import model as model_file
 from model import LlamaConfig, fill, load_vit, make_projection, make_vit
-from vision import InputError, QwenConfig, ViTConfig, fit, fixed_positions, load_image, preprocess, read_preprocessing, read_vit_config
+from vision import CLIP_PREPROCESSING, InputError, QwenConfig, ViTConfig, fit, fixed_positions, load_image, preprocess, read_json, read_preprocessing, read_vit_config
 
 CASES = FIXTURES / "cases"
 CLIP, QWEN, PROJECTIONS = FIXTURES / "tiny-clip", FIXTURES / "tiny-qwen-visual", FIXTURES / "tiny-projections"
@@ -251,7 +251,7 @@ STEPS = {"do_resize": False, "resample": 2, "do_center_crop": False, "do_rescale
 def test_steps_of_preprocessing_that_are_not_computed_are_refused(tmp_path, name):
     config = json.loads((CLIP / "preprocessor_config.json").read_text())
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | {name: STEPS[name]}))
-    with pytest.raises(InputError, match=rf"preprocessor_config.json: {name} = .* is not supported, only "):
+    with pytest.raises(InputError, match=rf"pictures with {name} = .* are not supported, only "):
         read_preprocessing(tmp_path, 56)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config | {name: None, "crop_size": None}))
     picture = load_image(CLIP / "images/landscape_rgb.png")
@@ -265,6 +265,31 @@ def test_what_transformers_leaves_out_of_a_configuration_is_that_of_clip_b32(tmp
     read = read_vit_config(tmp_path)
     assert (read.hidden_size, read.intermediate_size, read.num_hidden_layers, read.num_attention_heads) == (768, 3072, 12, 12)
     assert (read.image_size, read.patch_size, read.hidden_act, read.layer_norm_eps, read.image_tokens) == (224, 32, "quick_gelu", 1e-5, 50)
+
+
+@pytest.mark.parametrize("older", [None, {"image_mean": [0.25, 0.25, 0.25], "size": 112}])
+def test_what_transformers_5_says_of_preprocessing_is_read(tmp_path, older):
+    """Its processor_config.json alone, or beside an older file, over which it holds; without the section it says nothing"""
+    config = json.loads((CLIP / "preprocessor_config.json").read_text()) | {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": config, "processor_class": "CLIPProcessor"}))
+    if older:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(older))
+    read = read_preprocessing(tmp_path, 56)
+    assert (read["image_mean"], read["image_std"], read["size"]) == ([0.5] * 3, [0.5] * 3, {"shortest_edge": 56})
+    picture = load_image(CLIP / "images/landscape_rgb.png")
+    assert preprocess(picture, read).max() <= 1 < preprocess(picture, read_preprocessing(CLIP, 56)).max()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": config | {"resample": 2}}))
+    with pytest.raises(InputError, match="pictures with resample = 2 are not supported, only 3"):
+        read_preprocessing(tmp_path, 56)
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
+    assert read_preprocessing(tmp_path, 112)["image_mean"] == (older or CLIP_PREPROCESSING)["image_mean"]
+
+
+@pytest.mark.parametrize("text, name", [('{"a": 1, "b": 2, "a": 1}', "a"), ('{"x": {"c": {"é": null, "é": 2}}}', "é"), ('[1, {"": 1, "": 1}]', "")])
+def test_a_name_that_stands_twice_is_refused(tmp_path, text, name):
+    (tmp_path / "it.json").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=f"it.json cannot be read: the name '{name}' stands twice"):
+        read_json(tmp_path / "it.json", (dict, list))
 
 
 def test_what_is_no_clip_is_refused(tmp_path):
