@@ -48,6 +48,8 @@ COMPARE = {make.describe_one_of: 45, make.about_one_of: 35, make.which_image: 10
            make.difference: 5, make.more_things: 5}
 ALL = {make.which_image: 38, make.describe_one_of: 13, make.difference: 20,
        make.about_one_of: 20, make.more_things: 9}
+WHICH = {make.which_image: 70, make.describe_one_of: 8, make.difference: 8,
+         make.about_one_of: 8, make.more_things: 6}
 
 
 class Lesson(NamedTuple):
@@ -62,7 +64,8 @@ class Lesson(NamedTuple):
 
 LESSONS = [Lesson(1_250, [0, 1, 0], 3, 0, 0, SELECT),
            Lesson(2_000, [1, 3, 2], 5, 0, 0.1, COMPARE),
-           Lesson(9_000, [1, 3, 3], 8, make.DIFFER, 0.3, ALL)]
+           Lesson(6_000, [1, 3, 3], 8, make.DIFFER, 0.3, ALL),
+           Lesson(9_000, [1, 2, 4], 4, make.DIFFER, 0.3, WHICH)]
 TOWER_STEPS = 1_000
 TEXTS = 5_000  # conversations that the tokenizer learns from
 BATCH = 16  # conversations of a step
@@ -159,7 +162,7 @@ def learn_tokenizer(file, rng):
     """Learn the pieces of conversations and write them to file. The template stands among them as
     often as it occurs, so that it becomes few pieces"""
     lines = []
-    for turns in (about_some(rng, LESSONS[-1]) for _ in range(TEXTS)):
+    for turns in (about_some(rng, LESSONS[2]) for _ in range(TEXTS)):
         lines += [SYSTEM, *(f"\n\n### Image {n}:" for n in range(1, 9))]
         for turn in turns:
             lines += ["\n\n### Question:", turn.question, "\n### Answer:", turn.answer]
