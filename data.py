@@ -853,7 +853,7 @@ def arguments(description):
 
 def parse(parser):
     """The flags that were typed, and with --checkpoint what it says of its model, as if that had
-    been typed. Anything else is a sentence and exit code 2."""
+    been typed. What contradicts it or cannot be read is a sentence and exit code 2."""
     try:
         args = parser.parse_args()
         if args.checkpoint:

@@ -748,8 +748,8 @@ def begin_log(log, resumed, args, epochs, held_out, trained):
 
 def write(log, engine, progress, **values):
     """A line of the log, where there is one. After --resume some steps come twice: the later line
-    is what holds. Its numbers go to DeepSpeed's monitors too (TensorBoard, csv_monitor, ...), if
-    --deepspeed_config has any, as its own do: by samples"""
+    is what holds. Its numbers also go to the monitors of --deepspeed_config (TensorBoard,
+    csv_monitor, ...), as DeepSpeed's own do: over the count of samples"""
     if log:
         print(json.dumps({"step": progress.step, **values}), file=log, flush=True)
     engine.monitor.write_events([

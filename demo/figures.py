@@ -17,7 +17,9 @@ from mmca import IMAGE, TEXT, attention_matrix  # noqa: E402
 
 WORDS = "User : <image1> <image2> <image3> Please describe the image .".split()
 COLOURS = {0: "#f0f0f0", 1: "#3b6fb5", 2: "#f28e2b"}  # not seen, the first softmax, the second
-NAMES = {1: "first softmax: words, and an image token itself", 2: "second softmax: image tokens"}
+NAMES = {
+    1: "first softmax: words, and an image token itself",
+    2: "second softmax (CrA: of an added layer): image tokens"}
 CELL = 22  # pixels of an entry
 GAP = 26   # between two matrices
 LEFT = 92  # room for the words beside the rows
@@ -61,7 +63,7 @@ def matrices():
                 y = TOP + row * CELL
                 draw.rectangle([x, y, x + CELL - 2, y + CELL - 2], COLOURS[entry])
     for n, (entry, name) in enumerate(NAMES.items()):
-        x = LEFT + n * 400
+        x = LEFT + n * 350
         y = TOP + width + 12
         draw.rectangle([x, y, x + 14, y + 14], COLOURS[entry])
         draw.text((x + 22, y - 2), name, "black", font_size=14)

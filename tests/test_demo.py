@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES, ROOT
-from PIL import Image
+from PIL import Image, ImageColor
 from safetensors import safe_open
 
 from data import Epoch, Tokenizer, Turn, read_datasets
+from mmca import attention_matrix
 from model import load_llama, load_vit
 from vision import InputError
 
 sys.path.insert(0, str(ROOT / "demo"))
 import bases  # noqa: E402
+import figures  # noqa: E402
 import make  # noqa: E402
 import new_models  # noqa: E402
 from new_models import learn_tokenizer  # noqa: E402
@@ -366,3 +368,15 @@ def test_new_models_replace_nothing_and_leave_nothing_half_written(tmp_path, mon
         assert f"{out / part} is already there; remove it, or name another --out" in refused()
         (out / part).rmdir()
     assert new(monkeypatch, folder, out) == 0, "an --out that holds other things is no obstacle"
+
+
+def test_the_figure_in_readme_shows_m():
+    """The committed file: the colour in the middle of each entry of MMCA's matrix, and of a row that CrA has not"""
+    picture, modality = Image.open(ROOT / "assets/mmca.png").convert("RGB"), torch.tensor([[1, 1, 2, 2, 2, 1, 1, 1, 1, 1]])
+
+    def seen(panel, row, column):
+        left = figures.LEFT + panel * (10 * figures.CELL + figures.GAP)
+        colour = picture.getpixel((left + column * figures.CELL + 9, figures.TOP + row * figures.CELL + 9))
+        return [ImageColor.getrgb(figures.COLOURS[m]) for m in range(3)].index(colour)
+    assert [[seen(2, row, column) for column in range(10)] for row in range(10)] == attention_matrix(modality, modality)[0].tolist()
+    assert [seen(1, 3, column) for column in range(10)] == [0] * 10 and [seen(0, 3, column) for column in range(10)] == [1] * 4 + [0] * 6
