@@ -9,7 +9,7 @@ The same command on the same machine writes the same files, whose checksums it p
     tokenizer       pieces of what make.py says about its scenes
     language model  answers questions about scenes that it is told. It never sees a picture: where
                     the five vectors of one would stand, five sums of words' vectors stand, as
-                    "top left" + "small" + "red" + "circle" for the first quarter
+                    "top left" + "small" + "red circle" for the first quarter
     vision tower    describes drawn pictures to this language model, which learns nothing more
 
 Both models are trained as parts of a whole VisualChat. What is trained with them, a projection and
@@ -42,7 +42,7 @@ from vision import (InputError, ViT, number, preprocess, read_preprocessing,  # 
                     read_vit_config, write_whole)
 
 # Which of several pictures is meant takes longest to learn. It is learned first where nothing else
-# matters: in few rounds about two pictures that have little in common
+# matters, in few rounds about two pictures that have little in common, and once more at the end
 SELECT = {make.describe_one_of: 60, make.about_one_of: 40}
 COMPARE = {make.describe_one_of: 45, make.about_one_of: 35, make.which_image: 10,
            make.difference: 5, make.more_things: 5}
@@ -64,14 +64,17 @@ class Lesson(NamedTuple):
 
 LESSONS = [Lesson(1_250, [0, 1, 0], 3, 0, 0, SELECT),
            Lesson(2_000, [1, 3, 2], 5, 0, 0.1, COMPARE),
-           Lesson(6_000, [1, 3, 3], 8, make.DIFFER, 0.3, ALL),
+           Lesson(4_500, [1, 3, 3], 8, make.DIFFER, 0.3, ALL),
            Lesson(9_000, [1, 2, 4], 4, make.DIFFER, 0.3, WHICH)]
 TOWER_STEPS = 1_000
 TEXTS = 5_000  # conversations that the tokenizer learns from
 BATCH = 16  # conversations of a step
 SAVE_EVERY = 500  # steps
-WORDS = ["", "picture", "nothing", *make.PLACES, *make.SIZES, *make.COLOURS, *make.SHAPES,
-         "digit", *make.DIGITS, "word", *make.WORDS]
+# "red circle" is one of them. From "red" + "circle" a model this small learned which picture has
+# both, but hardly which has them in one thing
+WORDS = ["", "picture", "nothing", *make.PLACES, *make.SIZES,
+         *(f"{colour} {shape}" for colour in make.COLOURS for shape in make.SHAPES),
+         *(f"digit {digit}" for digit in make.DIGITS), *(f"word {word}" for word in make.WORDS)]
 
 
 # ---- what is said: lists of Turn, in which a scene stands for its picture ------------------------
@@ -121,14 +124,17 @@ class Told(nn.Module):
         self.words = nn.Embedding(len(WORDS), config.hidden_size, padding_idx=0)
 
     def forward(self, scenes):
-        """scenes (N, P, 4), four words of WORDS each -> features (N, P, Dv), their sums"""
+        """scenes (N, P, 3), three words of WORDS each -> features (N, P, Dv), their sums"""
         return self.words(scenes.long()).sum(2)                             # (N, P, Dv)
 
 
 def tell(things):
-    """A scene -> (P, 4): the words of a class token and of each quarter"""
-    rows = [["picture"], *([place, *things.get(place, ["nothing"])] for place in make.PLACES)]
-    return torch.tensor([[WORDS.index(word) for word in (*row, "", "", "")[:4]] for row in rows])
+    """A scene -> (P, 3): the words of a class token and of each quarter"""
+    rows = [["picture"]]
+    for place in make.PLACES:
+        what = things.get(place, ["nothing"])
+        rows.append([place, *what[:-2], " ".join(what[-2:])])
+    return torch.tensor([[WORDS.index(word) for word in (*row, "", "")[:3]] for row in rows])
 
 
 def batch_of(conversations, tokenizer, image_tokens, show):
@@ -162,7 +168,8 @@ def learn_tokenizer(file, rng):
     """Learn the pieces of conversations and write them to file. The template stands among them as
     often as it occurs, so that it becomes few pieces"""
     lines = []
-    for turns in (about_some(rng, LESSONS[2]) for _ in range(TEXTS)):
+    widest = LESSONS[2]
+    for turns in (about_some(rng, widest) for _ in range(TEXTS)):
         lines += [SYSTEM, *(f"\n\n### Image {n}:" for n in range(1, 9))]
         for turn in turns:
             lines += ["\n\n### Question:", turn.question, "\n### Answer:", turn.answer]

@@ -185,7 +185,7 @@ def test_what_the_language_model_is_told_answers_what_it_is_asked():
         shown = []  # the words of the quarters of each picture
         for turn in bases.about_some(rng, bases.LESSONS[n % len(bases.LESSONS)]):
             for rows in map(bases.tell, turn.images):
-                assert rows.shape == (5, 4)
+                assert rows.shape == (5, 3)
                 first, *quarters = [" ".join(bases.WORDS[i] for i in row if i) for row in rows.tolist()]
                 assert first == "picture" and all(q.startswith(place) for q, place in zip(quarters, make.PLACES))
                 shown.append([thing(q.removeprefix(place).strip()) for q, place in zip(quarters, make.PLACES)])
