@@ -64,8 +64,8 @@ class Lesson(NamedTuple):
 
 LESSONS = [Lesson(1_250, [0, 1, 0], 3, 0, 0, SELECT),
            Lesson(2_000, [1, 3, 2], 5, 0, 0.1, COMPARE),
-           Lesson(4_500, [1, 3, 3], 8, make.DIFFER, 0.3, ALL),
-           Lesson(9_000, [1, 2, 4], 4, make.DIFFER, 0.3, WHICH)]
+           Lesson(4_000, [1, 3, 3], 8, make.DIFFER, 0.3, ALL),
+           Lesson(14_000, [1, 2, 4], 4, make.DIFFER, 0.3, WHICH)]
 TOWER_STEPS = 1_000
 TEXTS = 5_000  # conversations that the tokenizer learns from
 BATCH = 16  # conversations of a step
