@@ -173,6 +173,13 @@ def test_the_bases_are_small_and_whole():
     assert len(Tokenizer(ROOT / "demo/language_model/tokenizer.model")) == language.config.vocab_size
 
 
+def test_the_bases_are_those_that_the_readme_states():
+    stated = re.findall(r"^([0-9a-f]{64})  (\S+)$", (ROOT / "demo/README.md").read_text(), re.MULTILINE)
+    assert len(stated) == 3
+    for checksum, name in stated:
+        assert hashlib.sha256((ROOT / name).read_bytes()).hexdigest() == checksum, name
+
+
 def test_what_the_language_model_is_told_answers_what_it_is_asked():
     """Questions about several pictures, answered again from the words alone that stand in their place"""
     number = {name.lower(): i for names in make.NAMES for i, name in enumerate(names)}
