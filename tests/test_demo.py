@@ -339,3 +339,13 @@ def test_the_figure_in_readme_shows_m():
         return [ImageColor.getrgb(figures.COLOURS[m]) for m in range(3)].index(colour)
     assert [[seen(2, row, column) for column in range(10)] for row in range(10)] == attention_matrix(modality, modality)[0].tolist()
     assert [seen(1, 3, column) for column in range(10)] == [0] * 10 and [seen(0, 3, column) for column in range(10)] == [1] * 4 + [0] * 6
+
+
+def test_readme_counts_the_lines_of_the_files():
+    """The table "Read in this order": lines above the first `# ---- what serves it`, and all"""
+    rows = re.findall(r"^\| \[(\w+\.py)\].* \| (\d+) \| (\d+) \|$", (ROOT / "README.md").read_text(), re.M)
+    counted = []
+    for file, *_ in rows:
+        lines = (ROOT / file).read_text().splitlines()
+        counted.append((file, str(next(n for n, line in enumerate(lines) if line.startswith("# ---- what serves it"))), str(len(lines))))
+    assert len(rows) == 6 and counted == rows
