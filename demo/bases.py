@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Make the demo's tokenizer, language model and vision tower from nothing.
 
-    python demo/bases.py out/bases    about an hour on two cores; stopped, it goes on when started
-                                      again
+    python demo/bases.py out/bases    seventy minutes on two cores; stopped, it goes on when
+                                      started again
 
 The same command on the same machine writes the same files, whose checksums it prints. In order:
 
@@ -14,6 +14,9 @@ The same command on the same machine writes the same files, whose checksums it p
 
 Both models are trained as parts of a whole VisualChat. What is trained with them, a projection and
 the vectors of those words, is thrown away: train.py begins with a projection of its own.
+
+--attention causal makes models that have never met MMCA: the five sums are read as words are, as a
+published LLaMA reads all. tests/experiment.py compares what can be trained from either.
 """
 import argparse
 import hashlib
@@ -151,11 +154,12 @@ def batch_of(conversations, tokenizer, image_tokens, show):
 
 # ---- the trainings -------------------------------------------------------------------------------
 
-def begin(out, steps):
+def begin(out, attention, steps):
     """The folder of the results, new or of the same command; InputError if it is of another"""
     out.mkdir(parents=True, exist_ok=True)
     sources = b"".join(Path(file).read_bytes() for file in (__file__, make.__file__))
-    made_by = f"bases.py and make.py {hashlib.sha256(sources).hexdigest()} steps {steps}\n"
+    made_by = (f"bases.py and make.py {hashlib.sha256(sources).hexdigest()} "
+               f"attention {attention} steps {steps}\n")
     known = out / "made_by"
     if not known.exists() and not any(out.iterdir()):
         write_whole(known, made_by)
@@ -221,13 +225,13 @@ def train(model, batch, total, file):
             Path(f"{file}.unfinished").replace(file)
 
 
-def language_model(out, tokenizer, total):
+def language_model(out, tokenizer, attention, total):
     """Train a language model of random numbers on scenes in words -> Llama"""
     torch.manual_seed(1)
     language = Llama(read_llama_config(DEMO / "language_model"))
     # as small as LLaMA's begin; torch's own would drown what attention adds to them
     language.model.embed_tokens.weight.data.mul_(0.02)
-    model = VisualChat(Told(read_vit_config(DEMO / "vision_model")), language)
+    model = VisualChat(Told(read_vit_config(DEMO / "vision_model")), language, attention)
 
     def batch(step):
         rng = random.Random(f"language model {step}")
@@ -240,14 +244,14 @@ def language_model(out, tokenizer, total):
     return language
 
 
-def vision_tower(out, tokenizer, language, total):
+def vision_tower(out, tokenizer, language, attention, total):
     """Train a tower of random numbers on drawn pictures, beside a language model that is frozen
     -> VisualChat of both"""
     torch.manual_seed(2)
     # torch's random positions, as large as they are: a fiftieth of that, as is usual, and a tower
     # learns what stands in a picture, but hardly where
     tower = ViT(read_vit_config(DEMO / "vision_model"))
-    model = VisualChat(tower, language.requires_grad_(False))
+    model = VisualChat(tower, language.requires_grad_(False), attention)
     model.preprocessing = read_preprocessing(DEMO / "vision_model", tower.config.image_size)
 
     def batch(step):
@@ -264,6 +268,8 @@ def main():
     """The command line; what the user can mend is one sentence on stderr and exit code 2"""
     parser = argparse.ArgumentParser(description="Make the demo's two models from nothing.")
     parser.add_argument("out", type=Path, help="the folder of both; what it holds is gone on with")
+    parser.add_argument("--attention", choices=["mmca", "causal"], default="mmca",
+                        help="how the models are taught to read (default: %(default)s)")
     parser.add_argument("--steps", type=number(int, 1), nargs=2, metavar=("LANGUAGE", "TOWER"),
                         default=[LESSONS[-1].until, TOWER_STEPS],
                         help="of the trainings (default: %(default)s)")
@@ -271,11 +277,11 @@ def main():
     # rounding hangs on how many threads share a sum
     torch.set_num_threads(2)
     try:
-        begin(args.out, args.steps)
+        begin(args.out, args.attention, args.steps)
         learn_tokenizer(args.out / "tokenizer.model", random.Random("tokenizer"))
         tokenizer = Tokenizer(args.out / "tokenizer.model")
-        language = language_model(args.out, tokenizer, args.steps[0])
-        model = vision_tower(args.out, tokenizer, language, args.steps[1])
+        language = language_model(args.out, tokenizer, args.attention, args.steps[0])
+        model = vision_tower(args.out, tokenizer, language, args.attention, args.steps[1])
         model.bfloat16().save_pretrained(args.out / "model", tokenizer)
     except (InputError, OSError) as error:
         print(printable(f"bases.py: {error}"), file=sys.stderr)
