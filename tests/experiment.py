@@ -1,28 +1,32 @@
-"""The paper's claim at the size of a laptop: MMCA learns from as few samples as cross attention, at the cost of causal attention.
+"""The paper's claim at the size of a laptop: MMCA learns from as few samples as cross attention, at
+the cost of causal attention.
 
-    python tests/experiment.py            causal, cross and mmca from demo/'s two models, 5 sizes of training set, 5 seeds each; at one
-                                          size other rules for the image tokens, no LoRA, and (3 seeds) the three with three times
-                                          the steps: 114 runs, one for each core at a time
+    python tests/experiment.py            causal, cross and mmca, 5 sizes of training set, 5 seeds;
+                                          at one size other rules for the image tokens, no LoRA, and
+                                          (3 seeds) three times the steps: 114 runs, one a core
     python tests/experiment.py --seeds 1  a fifth of it
-    python tests/experiment.py --quick    causal, cross and mmca, 2 sizes, 1 seed, a third of the steps: minutes
+    python tests/experiment.py --quick    causal, cross and mmca, 2 sizes, 1 seed, a third of the
+                                          steps: minutes
 
-Every run is a line in --out: the same command goes on where it was stopped, and prints at once where all is there. The data are the
-demo's (`python demo/make.py data/demo`); what is trained, and how, is the demo's too, but without DeepSpeed, in one process and one
-thread for each run. The figure needs matplotlib, as nothing else here does.
+Every run is a line in --out: the same command goes on where it was stopped, and prints at once
+where all is there. The data are the demo's (`python demo/make.py data/demo`); what is trained, and
+how, is the demo's too, but without DeepSpeed, in one process and one thread for each run. The
+figure needs matplotlib, as nothing else here does.
 """
 import argparse
 import hashlib
 import json
-import math
 import os
 import random
 import statistics
 import sys
 import time
 from collections import Counter, defaultdict
+from functools import partial
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -34,18 +38,26 @@ import model as visualchat  # noqa: E402
 from data import Epoch, Tokenizer, collate, encode, read_datasets  # noqa: E402
 from mmca import IMAGE, TEXT, attend_explicit, attention_matrix, make_pattern  # noqa: E402
 from model import VisualChat, add_lora, load_llama, load_vit  # noqa: E402
+from train import schedule  # noqa: E402
 from vision import load_image, positive, preprocess, read_preprocessing  # noqa: E402
 
-# demo/flags: its data sets and their factors of concatenation
-SETS = {"llava": 6, "llava_dial": 2, "otter_mimicit_cgd": 1, "sparkles_dialogue": 1, "data/demo/train/three.json": 1}
-BATCH, RATE, RANK, WARMUP = 8, 6e-3, 16, 0.1  # and so are these
-SIZES, STEPS = (250, 500, 1000, 2000, 4000), 600  # the same steps for every size
-ABLATED, LONGER = 2000, 1800  # the size at which everything else is tried, and the larger number of steps
-KINDS = "which_of_two", "difference", "one_of_two", "more_things", "which_of_three", "one_of_three", "describe", "one_picture"
-ALONE = KINDS[-2:]  # the rest is asked about several pictures
+# the demo's data sets, how many conversations of each are joined at most, and how it trains: a test
+# compares these with demo/flags
+SETS = {"llava": 6, "llava_dial": 2, "otter_mimicit_cgd": 1, "sparkles_dialogue": 1,
+        "data/demo/train/three.json": 1}
+BATCH, RATE, RANK, WARMUP = 8, 6e-3, 16, 0.1
+
+SIZES = 250, 500, 1000, 2000, 4000  # of the training set; the steps are the same for each
+STEPS = 600
+ABLATED = 2000  # the size at which everything else is tried
+LONGER = 1800   # steps
+SEVERAL = ("which_of_two", "difference", "one_of_two", "more_things", "which_of_three",
+           "one_of_three")  # what is asked about several pictures
+KINDS = *SEVERAL, "describe", "one_picture"
 
 
-# ---- other rules: modality (B, T) -> an edited M (B, T, T), and whether the sum of its two softmaxes is halved ---------
+# ---- other rules ---------------------------------------------------------------------------------
+# modality (B, T) -> an edited M (B, T, T), and whether the sum of its two softmaxes is halved
 
 def union(modality):
     """One softmax over all that MMCA sees"""
@@ -56,15 +68,17 @@ def earlier_text(modality):
     """Image tokens look at the text before them too, as the original's code lets them"""
     M, T = attention_matrix(modality, modality), modality.shape[1]
     past = torch.ones(T, T, dtype=torch.bool, device=M.device).tril()
-    return M.masked_fill(past & (modality == IMAGE)[:, :, None] & (modality == TEXT)[:, None, :], 1), False
+    image_to_text = (modality == IMAGE)[:, :, None] & (modality == TEXT)[:, None, :]
+    return M.masked_fill(past & image_to_text, 1), False
 
 
 def own_number(modality):
-    """Image tokens see the number in their picture's heading too, and nothing else: it stands two places before the first of them"""
+    """Image tokens see the number in their picture's heading too, and nothing else: it stands two
+    places before the first of them"""
     M, image = attention_matrix(modality, modality), modality == IMAGE
-    place = torch.arange(modality.shape[1], device=modality.device)                          # (T)
-    begins = image & ~image.roll(1, 1)                                                       # (B, T)
-    number = (place * begins).cummax(1).values - 2                                           # (B, T)
+    place = torch.arange(modality.shape[1], device=modality.device)         # (T)
+    begins = image & ~image.roll(1, 1)                                      # (B, T)
+    number = (place * begins).cummax(1).values - 2                          # (B, T)
     return M.masked_fill(image[:, :, None] & (place == number[:, :, None]), 1), False
 
 
@@ -73,40 +87,64 @@ def average(modality):
     return attention_matrix(modality, modality), True
 
 
-MECHANISMS = {"causal": ("causal", None, RANK), "cross": ("cross", None, RANK), "mmca": ("mmca", None, RANK)}
-ABLATIONS = {"one softmax over the union": ("mmca", union, RANK), "image tokens see earlier text": ("mmca", earlier_text, RANK),
-             "image tokens see their number": ("mmca", own_number, RANK),
-             "average instead of sum": ("mmca", average, RANK), "causal without LoRA": ("causal", None, 0), "mmca without LoRA": ("mmca", None, 0)}
-VARIANTS = MECHANISMS | ABLATIONS  # name: attention, rule, rank of LoRA
+class Variant(NamedTuple):
+    """What a run trains"""
+    attention: str
+    rule: object = None  # one of the above instead
+    rank: int = RANK     # of LoRA; 0: none
+
+
+MECHANISMS = {name: Variant(name) for name in ("causal", "cross", "mmca")}
+ABLATIONS = {"one softmax over the union": Variant("mmca", union),
+             "image tokens see earlier text": Variant("mmca", earlier_text),
+             "image tokens see their number": Variant("mmca", own_number),
+             "average instead of sum": Variant("mmca", average),
+             "causal without LoRA": Variant("causal", rank=0),
+             "mmca without LoRA": Variant("mmca", rank=0)}
+VARIANTS = MECHANISMS | ABLATIONS
 
 
 def use_rule(rule):
-    """Let VisualChat attend by `attend_explicit` and a rule's M: every token asks, as a word does under "causal", in reading order"""
+    """Let VisualChat attend by `attend_explicit` and a rule's M: every token asks, as a word does
+    under "causal", in reading order"""
     def order(modality, *_, **fill):
-        who = make_pattern(modality, modality, "causal")
-        who.rule = rule(modality)
-        return who
+        pattern = make_pattern(modality, modality, "causal")
+        pattern.rule = rule(modality)
+        return pattern
 
-    def look(q, k, v, who, cache=None):
-        M, halved = who.rule
-        out = attend_explicit(q, k, v, M)
-        return out * torch.where((M == 2).any(-1), 0.5, 1.0)[:, None, :, None] if halved else out
+    def look(q, k, v, pattern, cache=None):
+        M, halved = pattern.rule
+        out = attend_explicit(q, k, v, M)                                   # (B, H, T, d)
+        if halved:
+            has_both = (M == 2).any(-1)                                     # (B, T)
+            out = torch.where(has_both[:, None, :, None], out / 2, out)
+        return out
 
     visualchat.make_pattern, visualchat.attend = order, look
 
 
-# ---- one run ---------------------------------------------------------------------------------------------------------
+# ---- one run -------------------------------------------------------------------------------------
+
+class Job(NamedTuple):
+    """Which run: a line of --out begins with it"""
+    variant: str
+    size: int  # conversations
+    seed: int
+    steps: int
+
 
 def conversations(folder, datasets, seed, factors=None):
-    """The conversations of some data sets in an order that the seed draws; factors: of concatenation"""
-    args = argparse.Namespace(datasets=datasets, samples=["all"], concatenate=factors, seed=seed, data_path=folder, out=folder)
-    sets = read_datasets(args)
-    return list(Epoch(sets, None, seed, 0))
+    """The conversations of some data sets in an order that the seed draws; factors: how many are
+    joined at most"""
+    args = argparse.Namespace(datasets=datasets, samples=["all"], concatenate=factors, seed=seed,
+                              data_path=folder, out=folder)
+    return list(Epoch(read_datasets(args), None, seed, 0))
 
 
 def held_out(data):
-    """What is measured: {kind of question: conversations of one round about new scenes}"""
-    return {kind: conversations(data / "held_out", [f"{data}/held_out/{kind}.json"], 0) for kind in KINDS}
+    """What is measured: {kind of question: conversations of one round about new pictures}"""
+    return {kind: conversations(data / "held_out", [f"{data}/held_out/{kind}.json"], 0)
+            for kind in KINDS}
 
 
 def features_of(files, tower, preprocessing):
@@ -114,28 +152,69 @@ def features_of(files, tower, preprocessing):
     known = {}
     with torch.inference_mode():
         for n in range(0, len(files), 64):
-            pixels = torch.stack([preprocess(load_image(file), preprocessing) for file in files[n:n + 64]])  # (64, 3, S, S)
-            known.update(zip(files[n:n + 64], tower(pixels)))
+            some = files[n:n + 64]
+            pixels = [preprocess(load_image(file), preprocessing) for file in some]
+            known.update(zip(some, tower(torch.stack(pixels))))
     return known
 
 
-def run(job):
-    """Train on `size` conversations, measure on all that are held out -> what stands in a line of --out"""
-    name, size, seed, steps, data, language_model, vision_model = job
+def train(model, examples, steps, seed):
+    """Train what is not frozen, in steps of BATCH examples, each once before any comes again ->
+    seconds"""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.95), weight_decay=0)
+    rng, left, began = random.Random(seed), [], time.process_time()
+    for step in range(steps):
+        while len(left) < BATCH:
+            left += rng.sample(examples, len(examples))
+        now, left = left[:BATCH], left[BATCH:]
+        now.sort(key=lambda example: len(example.input_ids))
+        count = sum(answered(example) for example in now)
+        # in two halves of like lengths less is padded
+        for half in now[:BATCH // 2], now[BATCH // 2:]:
+            losses, _ = model(**collate(half))                              # (labels)
+            (losses.sum() / count).backward()
+        optimizer.param_groups[0]["lr"] = RATE * schedule(step, round(WARMUP * steps), steps)
+        torch.nn.utils.clip_grad_norm_(trained, 1)
+        optimizer.step()
+        optimizer.zero_grad()
+    return time.process_time() - began
+
+
+def answered(example):
+    """The number of an example's labels"""
+    return int((example.labels != -100).sum())
+
+
+def exact(model, examples):
+    """How many examples are answered right in every token"""
+    with torch.inference_mode():
+        _, hits = model(**collate(examples))                                # (labels)
+    return sum(bool(answer.all()) for answer in hits.split(list(map(answered, examples))))
+
+
+def run(job, data, bases):
+    """Train on job.size conversations, measure on all that are held out -> a line of --out"""
     torch.set_num_threads(1)
-    training, test = conversations(data / "train", list(SETS), seed, list(SETS.values()))[:size], held_out(data)
-    attention, rule, rank = VARIANTS[name]
-    if rule:
-        use_rule(rule)
-    torch.manual_seed(seed)
-    model = VisualChat(load_vit(vision_model), load_llama(language_model), attention)
-    if rank:
-        add_lora(model.language_model.model.layers, rank)
-    model.set_trained()
-    files = sorted({image for talk in chain(training, *test.values()) for turn in talk for image in turn.images})
-    features = features_of(files, model.vision_model, read_preprocessing(vision_model, model.vision_model.config.image_size))
-    model.vision_model.forward = lambda features: features  # frozen: it has been asked once
+    variant = VARIANTS[job.variant]
+    training = conversations(data / "train", list(SETS), job.seed, list(SETS.values()))[:job.size]
+    test = held_out(data)
+    language_model, vision_model = bases / "language_model", bases / "vision_model"
     tokenizer = Tokenizer(language_model / "tokenizer.model")
+
+    if variant.rule:
+        use_rule(variant.rule)
+    torch.manual_seed(job.seed)
+    model = VisualChat(load_vit(vision_model), load_llama(language_model), variant.attention)
+    if variant.rank:
+        add_lora(model.language_model.model.layers, variant.rank)
+    model.set_trained()
+
+    files = sorted({image for talk in chain(training, *test.values())
+                    for turn in talk for image in turn.images})
+    size = model.vision_model.config.image_size
+    features = features_of(files, model.vision_model, read_preprocessing(vision_model, size))
+    model.vision_model.forward = lambda features: features  # frozen: it has been asked once
 
     def examples(talks):
         encoded = [encode(talk, tokenizer, model.image_tokens) for talk in talks]
@@ -143,38 +222,20 @@ def run(job):
             example.pixels = [features[image] for image in example.images]
         return encoded
 
-    training, test = examples(training), {kind: examples(talks) for kind, talks in test.items()}
-
-    trained, rise = [p for p in model.parameters() if p.requires_grad], round(WARMUP * steps)
-    optimizer = torch.optim.AdamW(trained, RATE, (0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) / rise if step < rise else (
-        1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2)
-    rng, left, began = random.Random(seed), [], time.process_time()
-    for _ in range(steps):
-        while len(left) < BATCH:
-            left += rng.sample(training, len(training))
-        now, left = sorted(left[:BATCH], key=lambda example: len(example.input_ids)), left[BATCH:]
-        count = sum(int((example.labels != -100).sum()) for example in now)
-        for half in (now[:BATCH // 2], now[BATCH // 2:]):  # of like lengths: less is padded
-            (model(**collate(half))[0].sum() / count).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step(), schedule.step(), optimizer.zero_grad()
-    seconds, right = time.process_time() - began, {}
-    with torch.inference_mode():
-        for kind, asked in test.items():
-            _, hits = model(**collate(asked))                                                # (tokens of all answers)
-            answers = hits.split([int((example.labels != -100).sum()) for example in asked])
-            right[kind] = sum(bool(answer.all()) for answer in answers)
-    return {"kind": name, "size": size, "seed": seed, "steps": steps, "seconds": round(seconds, 1),
-            "trained": sum(p.numel() for p in trained), "asked": {kind: len(asked) for kind, asked in test.items()}, "right": right}
+    seconds = train(model, examples(training), job.steps, job.seed)
+    return {**job._asdict(), "seconds": round(seconds, 1),
+            "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "asked": {kind: len(talks) for kind, talks in test.items()},
+            "right": {kind: exact(model, examples(talks)) for kind, talks in test.items()}}
 
 
-# ---- all of them, the tables and the figure --------------------------------------------------------------------------
+# ---- all of them, the table and the figure -------------------------------------------------------
 
 def spread(values):
-    """Mean and standard deviation over the seeds, as text; of one seed its value"""
+    """Mean and standard deviation over the seeds in percent, as text; of one seed its value"""
     values = [100 * value for value in values]
-    return f"{statistics.mean(values):5.1f}" + (f" ± {statistics.stdev(values):3.1f}" if values[1:] else " " * 6)
+    deviation = f" ± {statistics.stdev(values):3.1f}" if values[1:] else " " * 6
+    return f"{statistics.mean(values):5.1f}{deviation}"
 
 
 def share(line, kinds):
@@ -183,89 +244,134 @@ def share(line, kinds):
 
 
 def always_the_same(talks):
-    """A line as of a run that answers each question by the most frequent answer of its kind: {kind: conversations}"""
+    """A line as of a run that answers each question by the most frequent answer of its kind.
+    talks: {kind: conversations}"""
     answers = {kind: Counter(turn.answer for turn, in asked) for kind, asked in talks.items()}
-    return {"asked": {kind: each.total() for kind, each in answers.items()}, "right": {kind: max(each.values()) for kind, each in answers.items()}}
+    return {"asked": {kind: each.total() for kind, each in answers.items()},
+            "right": {kind: max(each.values()) for kind, each in answers.items()}}
 
 
 def table(lines, guess):
-    """Print a row for each mechanism, size of training set and number of steps: held-out exact match in percent by kind of question"""
-    columns = {kind: [kind] for kind in KINDS} | {"several pictures": [kind for kind in KINDS if kind not in ALONE]}
+    """Print a row for each variant, size of training set and number of steps: held-out exact match
+    in percent by kind of question"""
+    columns = {"several pictures": SEVERAL} | {kind: [kind] for kind in KINDS}
+
+    def shares(runs):
+        return "".join(f"{spread([share(line, kinds) for line in runs]):>18}"
+                       for kinds in columns.values())
+
     rows = defaultdict(list)
     for line in lines:
-        rows[line["size"], line["steps"], line["kind"]].append(line)
-    print(f"{'samples':>7}{'steps':>7}  {'':28}" + "".join(f"{column:>18}" for column in columns) + f"{'trained':>12}{'s / step':>10}{'seeds':>7}")
-    print(f"{'':16}{'the most frequent answer':28}" + "".join(f"{spread([share(guess, names)]):>18}" for names in columns.values()))
-    for (size, steps, kind), runs in sorted(rows.items(), key=lambda row: (*row[0][:2], list(VARIANTS).index(row[0][2]))):
+        rows[line["size"], line["steps"], list(VARIANTS).index(line["variant"])].append(line)
+    print(f"{'samples':>7}{'steps':>7}  {'':30}" + "".join(f"{name:>18}" for name in columns)
+          + f"{'trained':>12}{'s / step':>10}{'seeds':>7}")
+    print(f"{'':16}{'the most frequent answer':30}{shares([guess])}")
+    for (size, steps, _), runs in sorted(rows.items()):
         seconds = statistics.median(line["seconds"] / steps for line in runs)
-        print(f"{size:7}{steps:7}  {kind:28}" + "".join(f"{spread([share(line, names) for line in runs]):>18}" for names in columns.values())
-              + f"{runs[0]['trained']:12,}{seconds:10.3f}{len(runs):7}")
+        print(f"{size:7}{steps:7}  {runs[0]['variant']:30}{shares(runs)}{runs[0]['trained']:12,}"
+              f"{seconds:10.3f}{len(runs):7}")
 
 
 def figure(lines, file):
-    """Accuracy against the number of training samples, one panel for each kind of question, bars over the seeds"""
+    """Accuracy against the number of training samples, one panel for each kind of question, bars
+    over the seeds"""
     try:
         import matplotlib
     except ImportError:
-        return print("no figure: it is drawn by matplotlib (pip install matplotlib)")
+        print("no figure: it is drawn by matplotlib (pip install matplotlib)")
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
     drawing, panels = pyplot.subplots(2, len(KINDS) // 2, figsize=(13, 6), sharex=True, sharey=True)
     for panel, kind in zip(panels.flat, KINDS):
         for name in MECHANISMS:
-            runs = {size: [100 * share(line, [kind]) for line in lines if line["kind"] == name and line["size"] == size] for size in SIZES}
-            runs = {size: values for size, values in runs.items() if values}
-            panel.errorbar(list(runs), [statistics.mean(values) for values in runs.values()],
-                           [statistics.stdev(values) if values[1:] else 0 for values in runs.values()], marker="o", capsize=3, label=name)
-        panel.set(title=kind.replace("_", " "), xscale="log", xlabel="training samples", xticks=SIZES, xticklabels=SIZES)
+            runs = defaultdict(list)
+            for line in lines:
+                if line["variant"] == name:
+                    runs[line["size"]].append(100 * share(line, [kind]))
+            sizes = sorted(runs)
+            bars = [statistics.stdev(runs[size]) if runs[size][1:] else 0 for size in sizes]
+            panel.errorbar(sizes, [statistics.mean(runs[size]) for size in sizes], bars, marker="o",
+                           capsize=3, label=name)
+        panel.set(title=kind.replace("_", " "), xscale="log", xlabel="training samples",
+                  xticks=SIZES, xticklabels=SIZES)
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     drawing.supylabel("held-out exact match, %")
-    drawing.legend(*panels[0, 0].get_legend_handles_labels(), loc="upper center", ncols=len(MECHANISMS), frameon=False)
+    drawing.legend(*panels[0, 0].get_legend_handles_labels(), loc="upper center",
+                   ncols=len(MECHANISMS), frameon=False)
     drawing.tight_layout(rect=(0, 0, 1, 0.93))
     drawing.savefig(file, dpi=110)
     print(f"the figure is in {file}")
 
 
-def identity(data, language_model, vision_model):
+def identity(data, bases):
     """What a run depends on besides its own numbers, as a few letters: bases, data, recipe"""
     whole = hashlib.sha256(f"{SETS} {BATCH} {RATE} {RANK} {WARMUP}".encode())
-    for file in sorted([*data.rglob("*.json"), language_model / "model.safetensors", vision_model / "model.safetensors"]):
+    weights = [bases / part / "model.safetensors" for part in ("language_model", "vision_model")]
+    for file in sorted([*data.rglob("*.json"), *weights]):
         whole.update(file.read_bytes())
     return whole.hexdigest()[:12]
 
 
+def wanted(seeds, quick):
+    """All runs, seed by seed"""
+    jobs = []
+    for seed in range(1, seeds + 1):
+        if quick:
+            jobs += [Job(name, size, seed, 200) for size in SIZES[1::2] for name in MECHANISMS]
+            continue
+        jobs += [Job(name, size, seed, STEPS) for size in SIZES for name in MECHANISMS]
+        jobs += [Job(name, ABLATED, seed, STEPS) for name in ABLATIONS]
+        if seed <= 3:
+            jobs += [Job(name, ABLATED, seed, LONGER) for name in MECHANISMS]
+    return jobs
+
+
 def main():
     """The command line"""
-    parser = argparse.ArgumentParser(description="Causal attention, cross attention and MMCA on the demo's data.")
+    parser = argparse.ArgumentParser(
+        description="Causal attention, cross attention and MMCA on the demo's data.")
+    add = parser.add_argument
     some = parser.add_mutually_exclusive_group()
-    some.add_argument("--seeds", type=positive, default=5, metavar="N", help="runs of each kind (%(default)s)")
-    some.add_argument("--quick", action="store_true", help="2 sizes, 1 seed, 200 steps, no ablations")
-    parser.add_argument("--out", type=Path, default=Path("out/experiment.jsonl"), help="a line for each run; those that are there are kept")
+    some.add_argument("--seeds", type=positive, default=5, metavar="N",
+                      help="runs of each kind (%(default)s)")
+    some.add_argument("--quick", action="store_true", help="2 sizes, 1 seed, 200 steps")
+    add("--bases", type=Path, default=ROOT / "demo", metavar="FOLDER",
+        help="with the two models to begin with (default: the demo's)")
+    add("--out", type=Path, default=Path("out/experiment.jsonl"),
+        help="a line for each run; those that are there are kept (default: %(default)s)")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character
     args = parser.parse_args()
     data = Path("data/demo")
     if not data.is_dir():
         parser.error(f"{data} is not there; python demo/make.py {data} draws it")
-    folders = data, ROOT / "demo/language_model", ROOT / "demo/vision_model"
-    sizes, seeds, steps = (SIZES[1::2], 1, 200) if args.quick else (SIZES, args.seeds, STEPS)
-    wanted = [(kind, size, seed, steps) for seed in range(1, seeds + 1) for size in sizes for kind in MECHANISMS]
-    if not args.quick:
-        wanted += [(name, ABLATED, seed, steps) for seed in range(1, seeds + 1) for name in ABLATIONS]
-        wanted += [(name, ABLATED, seed, LONGER) for seed in range(1, min(seeds, 3) + 1) for name in MECHANISMS]
-    names, same = ("kind", "size", "seed", "steps"), identity(*folders)
+
+    for part in "language_model", "vision_model":
+        if not (args.bases / part / "model.safetensors").is_file():
+            parser.error(f"{args.bases} has no {part}/model.safetensors; demo/bases.py makes it")
+
+    same = identity(data, args.bases)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    lines = {tuple(line[name] for name in names): line for line in lines if line["identity"] == same}
-    missing = sorted((run for run in wanted if run not in lines), key=lambda run: run[2])  # seed by seed
+    lines = {}
+    for text in args.out.read_text().splitlines() if args.out.exists() else []:
+        line = json.loads(text)
+        if line["identity"] == same:
+            lines[Job(*(line[name] for name in Job._fields))] = line
+    jobs = wanted(1 if args.quick else args.seeds, args.quick)
+    missing = [job for job in jobs if job not in lines]
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that begin now: a run takes one core
-    with get_context("spawn").Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool:  # Ctrl-C, or a run that fails, ends all
-        for line in tqdm(pool.imap_unordered(run, [(*each, *folders) for each in missing]), total=len(missing), unit="run", disable=not missing):
-            lines[tuple(line[name] for name in names)] = line
+    # Ctrl-C, or a run that fails, ends all
+    with get_context("spawn").Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool:
+        results = pool.imap_unordered(partial(run, data=data, bases=args.bases), missing)
+        for line in tqdm(results, total=len(missing), unit="run", disable=not missing):
+            lines[Job(*(line[name] for name in Job._fields))] = line
             with open(args.out, "a") as file:
                 print(json.dumps(line | {"identity": same}), file=file)
-    table([lines[each] for each in wanted], always_the_same(held_out(data)))
-    figure([lines[each] for each in wanted if each[3] == steps], args.out.with_suffix(".png"))
+
+    table([lines[job] for job in jobs], always_the_same(held_out(data)))
+    of_one_length = [lines[job] for job in jobs if job.steps != LONGER]
+    figure(of_one_length, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

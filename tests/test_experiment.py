@@ -71,7 +71,7 @@ def test_a_run_is_kept_and_the_next_start_goes_on(tmp_path, monkeypatch, capsys)
     experiment.main()
     file = tmp_path / "out/experiment.jsonl"
     line, longer = sorted(map(json.loads, file.read_text().splitlines()), key=lambda line: line["steps"])
-    assert [line["steps"], longer["steps"]] == [2, 3] and line["kind"] == "mmca" and line["trained"] == 275_328 and sum(line["asked"].values()) > 20
+    assert [line["steps"], longer["steps"]] == [2, 3] and line["variant"] == "mmca" and line["trained"] == 275_328 and sum(line["asked"].values()) > 20
     assert [row.split()[:2] for row in capsys.readouterr().out.splitlines()[2:4]] == [["8", "2"], ["8", "3"]]
     monkeypatch.setattr(sys, "argv", ["experiment.py", "--seeds", "2"])
     experiment.main()
@@ -84,11 +84,11 @@ def test_the_table_has_mean_and_spread_over_seeds_and_the_most_frequent_answers(
                                         for n, kind in enumerate(kinds[:4])} | {kind: [[Turn("?", "Yes.")]] * 4 for kind in kinds[4:]})
     assert guess["asked"] == dict(zip(kinds, [1, 2, 3, 4, 4, 4, 4, 4]))
     assert guess["right"] == dict(zip(kinds, [1, 1, 2, 2, 4, 4, 4, 4]))
-    lines = [{"kind": "mmca", "size": 250, "seed": seed, "steps": 10, "seconds": 10 * seed, "trained": 7,
+    lines = [{"variant": "mmca", "size": 250, "seed": seed, "steps": 10, "seconds": 10 * seed, "trained": 7,
               "asked": dict.fromkeys(kinds, 10), "right": dict.fromkeys(kinds, right)} for seed, right in ((1, 4), (2, 5), (3, 6))]
     experiment.table(lines, guess)
     _, always, mmca = (line.split() for line in capsys.readouterr().out.splitlines())
-    assert always[-9:] == ["100.0", "50.0", "66.7", "50.0", "100.0", "100.0", "100.0", "100.0", "77.8"]  # the last: 14 of 18 about several
+    assert always[-9:] == ["77.8", "100.0", "50.0", "66.7", "50.0", "100.0", "100.0", "100.0", "100.0"]  # the first: 14 of 18 about several
     assert mmca == ["250", "10", "mmca", *["50.0", "±", "10.0"] * 9, "7", "2.000", "3"]
 
 
