@@ -248,6 +248,22 @@ def test_both_bases_are_made_from_nothing_and_by_one_that_was_stopped_the_same(t
     assert capsys.readouterr().err == f"bases.py: {tmp_path}/whole is not a folder that this command has begun; remove it, or name another\n"
 
 
+def test_bases_that_have_never_met_mmca(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bases, "TEXTS", 300)
+    met = []
+
+    class Spy(bases.VisualChat):
+        def forward(self, *args, **batch):
+            met.append((type(self.vision_model), self.attention))
+            return super().forward(*args, **batch)
+
+    monkeypatch.setattr(bases, "VisualChat", Spy)
+    assert made(monkeypatch, tmp_path, "--attention", "causal") == 0
+    assert met == 7 * [(bases.Told, "causal")] + 3 * [(bases.ViT, "causal")]
+    assert made(monkeypatch, tmp_path) == 2, "a folder of the other attention is not gone on with"
+    assert "is not a folder that this command has begun" in capsys.readouterr().err
+
+
 def test_a_tokenizer_learned_from_data(tmp_path):
     conversations = [[Turn(f"what color is the {shape}?", color)] for shape in ("cat", "dog") for color in ("red", "blue")]
     tokenizer = learn_tokenizer(conversations, 100_000, tmp_path / "t.model")
