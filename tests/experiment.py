@@ -309,7 +309,7 @@ def identity(data, bases):
     """What a run depends on besides its own numbers, as a few letters: bases, data, recipe"""
     whole = hashlib.sha256(f"{SETS} {BATCH} {RATE} {RANK} {WARMUP}".encode())
     weights = [bases / part / "model.safetensors" for part in ("language_model", "vision_model")]
-    for file in sorted([*data.rglob("*.json"), *weights]):
+    for file in [*sorted(data.rglob("*.json")), *weights]:
         whole.update(file.read_bytes())
     return whole.hexdigest()[:12]
 
@@ -337,8 +337,8 @@ def main():
     some.add_argument("--seeds", type=positive, default=5, metavar="N",
                       help="runs of each kind (%(default)s)")
     some.add_argument("--quick", action="store_true", help="2 sizes, 1 seed, 200 steps")
-    add("--bases", type=Path, default=ROOT / "demo", metavar="FOLDER",
-        help="with the two models to begin with (default: the demo's)")
+    add("--bases", type=Path, default=ROOT / "demo/causal", metavar="FOLDER",
+        help="with the two models to begin with (default: demo/causal; the demo's own: demo)")
     add("--out", type=Path, default=Path("out/experiment.jsonl"),
         help="a line for each run; those that are there are kept (default: %(default)s)")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character

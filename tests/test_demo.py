@@ -165,17 +165,18 @@ def test_a_folder_that_is_there_is_kept(drawn, capsys):
     assert (drawn / "train/three.json").exists()
 
 
-def test_the_bases_are_small_and_whole():
-    files = [file for name in ("vision_model", "language_model") for file in (ROOT / "demo" / name).iterdir()]
+@pytest.mark.parametrize("folder", [ROOT / "demo", ROOT / "demo/causal"])
+def test_the_bases_are_small_and_whole(folder):
+    files = [file for name in ("vision_model", "language_model") for file in (folder / name).iterdir()]
     assert sum(file.stat().st_size for file in files) < 4e6
-    assert load_vit(ROOT / "demo/vision_model").config.image_tokens == 5
-    language = load_llama(ROOT / "demo/language_model")
-    assert len(Tokenizer(ROOT / "demo/language_model/tokenizer.model")) == language.config.vocab_size
+    assert load_vit(folder / "vision_model").config.image_tokens == 5
+    language = load_llama(folder / "language_model")
+    assert len(Tokenizer(folder / "language_model/tokenizer.model")) == language.config.vocab_size
 
 
 def test_the_bases_are_those_that_the_readme_states():
     stated = re.findall(r"^([0-9a-f]{64})  (\S+)$", (ROOT / "demo/README.md").read_text(), re.MULTILINE)
-    assert len(stated) == 3
+    assert len(stated) == 6
     for checksum, name in stated:
         assert hashlib.sha256((ROOT / name).read_bytes()).hexdigest() == checksum, name
 
