@@ -65,7 +65,7 @@ def test_the_average_is_half_the_sum_where_there_are_two(monkeypatch):
 def test_a_run_is_kept_and_the_next_start_goes_on(tmp_path, monkeypatch, capsys):
     subprocess.run([sys.executable, ROOT / "demo/make.py", tmp_path / "data/demo", "--scenes", "32"], check=True)
     monkeypatch.chdir(tmp_path)
-    for name, value in {"SIZES": (8,), "STEPS": 2, "ABLATED": 8, "LONGER": 3, "ABLATIONS": {}, "MECHANISMS": {"mmca": None}}.items():
+    for name, value in {"SIZES": (8,), "STEPS": 2, "ABLATED": 8, "LONGER": 3, "RATES": (6e-3,), "MECHANISMS": ["mmca"], "VARIANTS": {"mmca": experiment.VARIANTS["mmca"]}}.items():
         monkeypatch.setattr(experiment, name, value)
     monkeypatch.setattr(sys, "argv", ["experiment.py", "--seeds", "1"])
     experiment.main()
@@ -84,12 +84,12 @@ def test_the_table_has_mean_and_spread_over_seeds_and_the_most_frequent_answers(
                                         for n, kind in enumerate(kinds[:4])} | {kind: [[Turn("?", "Yes.")]] * 4 for kind in kinds[4:]})
     assert guess["asked"] == dict(zip(kinds, [1, 2, 3, 4, 4, 4, 4, 4]))
     assert guess["right"] == dict(zip(kinds, [1, 1, 2, 2, 4, 4, 4, 4]))
-    lines = [{"variant": "mmca", "size": 250, "seed": seed, "steps": 10, "seconds": 10 * seed, "trained": 7,
+    lines = [{"variant": "mmca", "size": 250, "seed": seed, "steps": 10, "rate": 6e-3, "seconds": 10 * seed, "trained": 7,
               "asked": dict.fromkeys(kinds, 10), "right": dict.fromkeys(kinds, right)} for seed, right in ((1, 4), (2, 5), (3, 6))]
     experiment.table(lines, guess)
     _, always, mmca = (line.split() for line in capsys.readouterr().out.splitlines())
     assert always[-9:] == ["77.8", "100.0", "50.0", "66.7", "50.0", "100.0", "100.0", "100.0", "100.0"]  # the first: 14 of 18 about several
-    assert mmca == ["250", "10", "mmca", *["50.0", "±", "10.0"] * 9, "7", "2.000", "3"]
+    assert mmca == ["250", "10", "mmca", "0.0060", *["50.0", "±", "10.0"] * 9, "7", "2.000", "3"]
 
 
 def test_it_trains_as_the_demo_does(monkeypatch):
@@ -98,4 +98,4 @@ def test_it_trains_as_the_demo_does(monkeypatch):
     flags = train.command_line()
     assert dict(zip(flags.datasets, flags.concatenate)) == experiment.SETS and flags.samples == ["all"]
     assert flags.eval_datasets == [f"{kind}.json" for kind in experiment.KINDS]
-    assert (flags.batch_size, flags.learning_rate, flags.lora_rank) == (experiment.BATCH, experiment.RATE, experiment.RANK)
+    assert (flags.batch_size, flags.learning_rate, flags.lora_rank) == (experiment.BATCH, experiment.BEST["mmca"], experiment.RANK)
