@@ -3,16 +3,20 @@ the cost of causal attention.
 
     python tests/experiment.py            causal, cross and mmca, 3 sizes of training set, 5 seeds;
                                           at one size other rules for the image tokens, no LoRA, and
-                                          (3 seeds) other rates and three times the steps: 102 runs,
-                                          one a core
-    python tests/experiment.py --seeds 1  a fifth of it
+                                          (3 seeds) other rates, three times the steps and other
+                                          models to begin with: 111 runs, one a core
+    python tests/experiment.py --seeds 1  a quarter of it
     python tests/experiment.py --quick    causal, cross and mmca, 2 sizes, 1 seed, a third of the
-                                          steps: three minutes
+                                          steps: minutes
 
 Every run is a line in --out: the same command goes on where it was stopped, and prints at once
-where all is there. The data are the demo's (`python demo/make.py data/demo`); what is trained, and
-how, is the demo's too, but for the rates, without DeepSpeed, in one process and one thread for each
-run. The figure needs matplotlib, as nothing else here does.
+where all is there. The data are the demo's (`python demo/make.py data/demo`), and what is trained,
+and how; but each mechanism has a learning rate of its own, and a run is one process of one thread
+without DeepSpeed. The figure needs matplotlib, as nothing else here does.
+
+What a mechanism reaches hangs on what the language model was taught before (demo/README.md). That
+of demo/causal reads all that comes before an image token, as a published LLaMA would: a head start
+for causal attention. That of demo/ was taught to read as MMCA does. None has met cross attention.
 """
 import argparse
 import hashlib
@@ -23,7 +27,6 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
-from functools import partial
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
@@ -47,13 +50,14 @@ from vision import load_image, positive, preprocess, read_preprocessing  # noqa:
 SETS = {"llava": 6, "llava_dial": 2, "otter_mimicit_cgd": 1, "sparkles_dialogue": 1,
         "data/demo/train/three.json": 1}
 BATCH, RANK, WARMUP = 8, 16, 0.1
-# each mechanism learns at that of these rates which suits it best: the table has the others too
-RATES = 1.5e-3, 3e-3, 6e-3
-BEST = {"causal": 1.5e-3, "cross": 3e-3, "mmca": 6e-3}
+
+DATA = Path("data/demo")
+BASES = {"causal": ROOT / "demo/causal", "mmca": ROOT / "demo"}  # by what they were taught
 
 SIZES = 250, 1000, 4000  # of the training set; the steps are the same for each
 STEPS = 600
 ABLATED = 1000  # the size at which everything else is tried
+RATES = 1.5e-3, 3e-3, 6e-3
 LONGER = 1800   # steps
 SEVERAL = ("which_of_two", "difference", "one_of_two", "more_things", "which_of_three",
            "one_of_three")  # what is asked about several pictures
@@ -77,8 +81,8 @@ def earlier_text(modality):
 
 
 def own_number(modality):
-    """Image tokens see the number in their picture's heading too, and nothing else: it stands two
-    places before the first of them"""
+    """Image tokens see the number in their picture's heading too: it stands two places before the
+    first of them. From the second layer on that place also holds what the number has read"""
     M, image = attention_matrix(modality, modality), modality == IMAGE
     place = torch.arange(modality.shape[1], device=modality.device)         # (T)
     begins = image & ~image.roll(1, 1)                                      # (B, T)
@@ -92,25 +96,27 @@ def average(modality):
 
 
 class Variant(NamedTuple):
-    """What a run trains"""
+    """What a run trains, and how fast"""
     attention: str
-    rule: object = None  # one of the above instead
+    rate: float          # of RATES: in trials half of causal's, or twice mmca's, were worse
+    rule: object = None  # edits M
     rank: int = RANK     # of LoRA; 0: none
 
 
-MECHANISMS = {name: Variant(name) for name in ("causal", "cross", "mmca")}
-ABLATIONS = {"one softmax over the union": Variant("mmca", union),
-             "image tokens see earlier text": Variant("mmca", earlier_text),
-             "image tokens see their number": Variant("mmca", own_number),
-             "average instead of sum": Variant("mmca", average),
-             "causal without LoRA": Variant("causal", rank=0),
-             "mmca without LoRA": Variant("mmca", rank=0)}
+MECHANISMS = {"causal": Variant("causal", 1.5e-3), "cross": Variant("cross", 3e-3),
+              "mmca": Variant("mmca", 6e-3)}
+ABLATIONS = {"one softmax over the union": Variant("mmca", 6e-3, union),
+             "image tokens see earlier text": Variant("mmca", 6e-3, earlier_text),
+             "image tokens see their number": Variant("mmca", 6e-3, own_number),
+             "average instead of sum": Variant("mmca", 6e-3, average),
+             "causal without LoRA": Variant("causal", 1.5e-3, rank=0),
+             "mmca without LoRA": Variant("mmca", 6e-3, rank=0)}
 VARIANTS = MECHANISMS | ABLATIONS
 
 
 def use_rule(rule):
-    """Let VisualChat attend by `attend_explicit` and a rule's M: every token asks, as a word does
-    under "causal", in reading order"""
+    """Let VisualChat attend by `attend_explicit` and a rule's M, from now on: every token asks, as
+    a word does under "causal", in reading order"""
     def order(modality, *_, **fill):
         pattern = make_pattern(modality, modality, "causal")
         pattern.rule = rule(modality)
@@ -131,8 +137,9 @@ def use_rule(rule):
 
 class Job(NamedTuple):
     """Which run: a line of --out begins with it"""
+    taught: str  # of BASES
     variant: str
-    size: int  # conversations
+    size: int    # conversations
     steps: int
     rate: float
     seed: int
@@ -146,9 +153,10 @@ def conversations(folder, datasets, seed, factors=None):
     return list(Epoch(read_datasets(args), None, seed, 0))
 
 
-def held_out(data):
-    """What is measured: {kind of question: conversations of one round about new pictures}"""
-    return {kind: conversations(data / "held_out", [f"{data}/held_out/{kind}.json"], 0)
+def held_out():
+    """What is measured: {kind of question: conversations of one round}, about pictures that are
+    drawn anew. There are 3,266 scenes of one or two things: many are met in training too"""
+    return {kind: conversations(DATA / "held_out", [f"{DATA}/held_out/{kind}.json"], 0)
             for kind in KINDS}
 
 
@@ -199,12 +207,14 @@ def exact(model, examples):
     return sum(bool(answer.all()) for answer in hits.split(list(map(answered, examples))))
 
 
-def run(job, data, bases):
+def run(job):
     """Train on job.size conversations, measure on all that are held out -> a line of --out"""
     torch.set_num_threads(1)
-    variant = VARIANTS[job.variant]
-    training = conversations(data / "train", list(SETS), job.seed, list(SETS.values()))[:job.size]
-    test = held_out(data)
+    variant, bases = VARIANTS[job.variant], BASES[job.taught]
+    training = conversations(DATA / "train", list(SETS), job.seed, list(SETS.values()))[:job.size]
+    if len(training) < job.size:
+        raise ValueError(f"{DATA} has {len(training)} conversations, fewer than {job.size}")
+    test = held_out()
     language_model, vision_model = bases / "language_model", bases / "vision_model"
     tokenizer = Tokenizer(language_model / "tokenizer.model")
 
@@ -258,8 +268,7 @@ def always_the_same(talks):
 
 
 def table(lines, guess):
-    """Print a row for each size of training set, number of steps, variant and rate: held-out exact
-    match in percent by kind of question"""
+    """Print a row for each kind of run: held-out exact match in percent by kind of question"""
     columns = {"several pictures": SEVERAL} | {kind: [kind] for kind in KINDS}
 
     def shares(runs):
@@ -268,15 +277,16 @@ def table(lines, guess):
 
     rows = defaultdict(list)
     for line in lines:
-        place = list(VARIANTS).index(line["variant"])
-        rows[line["size"], line["steps"], place, line["rate"]].append(line)
-    print(f"{'samples':>7}{'steps':>7}  {'':29}{'rate':>7}"
+        job = job_of(line)
+        place = job.taught, job.size, job.steps, list(VARIANTS).index(job.variant), job.rate
+        rows[place].append(line)
+    print(f"{'taught':7}{'samples':>7}{'steps':>6}  {'':29}{'rate':>7}"
           + "".join(f"{name:>18}" for name in columns)
           + f"{'trained':>12}{'s / step':>10}{'seeds':>7}")
-    print(f"{'':16}{'the most frequent answer':36}{shares([guess])}")
-    for (size, steps, _, rate), runs in sorted(rows.items()):
+    print(f"{'':22}{'the most frequent answer':36}{shares([guess])}")
+    for (taught, size, steps, _, rate), runs in sorted(rows.items()):
         seconds = statistics.median(line["seconds"] / steps for line in runs)
-        print(f"{size:7}{steps:7}  {runs[0]['variant']:29}{rate:7.4f}{shares(runs)}"
+        print(f"{taught:7}{size:7}{steps:6}  {runs[0]['variant']:29}{rate:7.4f}{shares(runs)}"
               f"{runs[0]['trained']:12,}{seconds:10.3f}{len(runs):7}")
 
 
@@ -313,33 +323,41 @@ def figure(lines, file):
     print(f"the figure is in {file}")
 
 
-def identity(data, bases):
-    """What a run depends on besides its own numbers, as a few letters: bases, data, recipe"""
+def identity():
+    """What a run depends on besides its Job and the code, as a few letters: recipe, data, bases"""
     whole = hashlib.sha256(f"{SETS} {BATCH} {RANK} {WARMUP}".encode())
-    weights = [bases / part / "model.safetensors" for part in ("language_model", "vision_model")]
-    for file in [*sorted(data.rglob("*.json")), *weights]:
+    files = [DATA / "made_by", *sorted(DATA.rglob("*.json"))]
+    for bases in BASES.values():
+        files += sorted(bases.glob("*_model/*"))
+    for file in files:
         whole.update(file.read_bytes())
     return whole.hexdigest()[:12]
 
 
-def at_its_best(name, size, steps, seed):
-    """The run of a variant at the rate of its mechanism"""
-    return Job(name, size, steps, BEST[VARIANTS[name].attention], seed)
+def job_of(line):
+    """The Job that a line of --out is of"""
+    return Job(*(line[name] for name in Job._fields))
 
 
 def wanted(seeds, quick):
     """All runs, seed by seed"""
-    if quick:
-        return [at_its_best(name, size, 200, 1) for size in SIZES[:2] for name in MECHANISMS]
+    def at_its_rate(name, size, steps, taught="causal"):
+        return Job(taught, name, size, steps, VARIANTS[name].rate, seed)
+
     jobs = []
     for seed in range(1, seeds + 1):
-        jobs += [at_its_best(name, ABLATED, STEPS, seed) for name in VARIANTS]
-        jobs += [at_its_best(name, size, STEPS, seed)
+        if quick:
+            jobs += [at_its_rate(name, size, 200) for size in SIZES[:2] for name in MECHANISMS]
+            continue
+        jobs += [at_its_rate(name, ABLATED, STEPS) for name in VARIANTS]
+        jobs += [at_its_rate(name, size, STEPS)
                  for size in SIZES if size != ABLATED for name in MECHANISMS]
-        if seed <= 3:
-            jobs += [at_its_best(name, ABLATED, LONGER, seed) for name in MECHANISMS]
-            jobs += [Job(name, ABLATED, STEPS, rate, seed)
-                     for name in MECHANISMS for rate in RATES if rate != BEST[name]]
+        if seed > 3:
+            continue
+        for name in MECHANISMS:
+            jobs += [at_its_rate(name, ABLATED, LONGER), at_its_rate(name, ABLATED, STEPS, "mmca")]
+            jobs += [Job("causal", name, ABLATED, STEPS, rate, seed)
+                     for rate in RATES if rate != VARIANTS[name].rate]
     return jobs
 
 
@@ -347,47 +365,38 @@ def main():
     """The command line"""
     parser = argparse.ArgumentParser(
         description="Causal attention, cross attention and MMCA on the demo's data.")
-    add = parser.add_argument
     some = parser.add_mutually_exclusive_group()
     some.add_argument("--seeds", type=positive, default=5, metavar="N",
-                      help="runs of each kind (%(default)s)")
+                      help="runs of each kind, of some at most 3 (%(default)s)")
     some.add_argument("--quick", action="store_true", help="2 sizes, 1 seed, 200 steps")
-    add("--bases", type=Path, default=ROOT / "demo/causal", metavar="FOLDER",
-        help="with the two models to begin with (default: demo/causal; the demo's own: demo)")
-    add("--out", type=Path, default=Path("out/experiment.jsonl"),
-        help="a line for each run; those that are there are kept (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("out/experiment.jsonl"),
+                        help="a line for each run; those that are there are kept (%(default)s)")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character
     args = parser.parse_args()
-    data = Path("data/demo")
-    if not data.is_dir():
-        parser.error(f"{data} is not there; python demo/make.py {data} draws it")
+    if not DATA.is_dir():
+        parser.error(f"{DATA} is not there; python demo/make.py {DATA} draws it")
 
-    for part in "language_model", "vision_model":
-        if not (args.bases / part / "model.safetensors").is_file():
-            parser.error(f"{args.bases} has no {part}/model.safetensors; demo/bases.py makes it")
-
-    same = identity(data, args.bases)
+    same = identity()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    lines = {}
-    for text in args.out.read_text().splitlines() if args.out.exists() else []:
-        line = json.loads(text)
-        if line["identity"] == same:
-            lines[Job(*(line[name] for name in Job._fields))] = line
+    text = args.out.read_text() if args.out.exists() else ""
+    lines = [line for line in map(json.loads, text.splitlines()) if line["identity"] == same]
+    lines = {job_of(line): line for line in lines}
     jobs = wanted(1 if args.quick else args.seeds, args.quick)
     missing = [job for job in jobs if job not in lines]
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that begin now: a run takes one core
-    # Ctrl-C, or a run that fails, ends all
+    # each run has a process of its own, since use_rule changes model.py; Ctrl-C ends all of them
     with get_context("spawn").Pool(len(os.sched_getaffinity(0)), maxtasksperchild=1) as pool:
-        results = pool.imap_unordered(partial(run, data=data, bases=args.bases), missing)
+        results = pool.imap_unordered(run, missing)
         for line in tqdm(results, total=len(missing), unit="run", disable=not missing):
-            lines[Job(*(line[name] for name in Job._fields))] = line
+            lines[job_of(line)] = line
             with open(args.out, "a") as file:
                 print(json.dumps(line | {"identity": same}), file=file)
 
-    table([lines[job] for job in jobs], always_the_same(held_out(data)))
-    curves = [lines[job] for job in jobs
-              if job == at_its_best(job.variant, job.size, min(job.steps, STEPS), job.seed)]
-    figure(curves, args.out.with_suffix(".png"))
+    table([lines[job] for job in jobs], always_the_same(held_out()))
+    if not args.quick:
+        curves = [job for job in jobs if job.taught == "causal" and job.steps == STEPS
+                  and job.rate == VARIANTS[job.variant].rate]
+        figure([lines[job] for job in curves], args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -65,14 +65,14 @@ def test_the_average_is_half_the_sum_where_there_are_two(monkeypatch):
 def test_a_run_is_kept_and_the_next_start_goes_on(tmp_path, monkeypatch, capsys):
     subprocess.run([sys.executable, ROOT / "demo/make.py", tmp_path / "data/demo", "--scenes", "32"], check=True)
     monkeypatch.chdir(tmp_path)
-    for name, value in {"SIZES": (8,), "STEPS": 2, "ABLATED": 8, "LONGER": 3, "RATES": (6e-3,), "MECHANISMS": ["mmca"], "VARIANTS": {"mmca": experiment.VARIANTS["mmca"]}}.items():
-        monkeypatch.setattr(experiment, name, value)
+    monkeypatch.setattr(experiment, "wanted", lambda seeds, quick: [
+        experiment.Job("causal", "mmca", 8, steps, 6e-3, seed) for seed in range(1, seeds + 1) for steps in (2, 3)])
     monkeypatch.setattr(sys, "argv", ["experiment.py", "--seeds", "1"])
     experiment.main()
     file = tmp_path / "out/experiment.jsonl"
     line, longer = sorted(map(json.loads, file.read_text().splitlines()), key=lambda line: line["steps"])
     assert [line["steps"], longer["steps"]] == [2, 3] and line["variant"] == "mmca" and line["trained"] == 275_328 and sum(line["asked"].values()) > 20
-    assert [row.split()[:2] for row in capsys.readouterr().out.splitlines()[2:4]] == [["8", "2"], ["8", "3"]]
+    assert [row.split()[1:3] for row in capsys.readouterr().out.splitlines()[2:4]] == [["8", "2"], ["8", "3"]]
     monkeypatch.setattr(sys, "argv", ["experiment.py", "--seeds", "2"])
     experiment.main()
     assert [json.loads(text)["seed"] for text in file.read_text().splitlines()] == [1, 1, 2, 2]
@@ -84,12 +84,12 @@ def test_the_table_has_mean_and_spread_over_seeds_and_the_most_frequent_answers(
                                         for n, kind in enumerate(kinds[:4])} | {kind: [[Turn("?", "Yes.")]] * 4 for kind in kinds[4:]})
     assert guess["asked"] == dict(zip(kinds, [1, 2, 3, 4, 4, 4, 4, 4]))
     assert guess["right"] == dict(zip(kinds, [1, 1, 2, 2, 4, 4, 4, 4]))
-    lines = [{"variant": "mmca", "size": 250, "seed": seed, "steps": 10, "rate": 6e-3, "seconds": 10 * seed, "trained": 7,
+    lines = [{"taught": "causal", "variant": "mmca", "size": 250, "seed": seed, "steps": 10, "rate": 6e-3, "seconds": 10 * seed, "trained": 7,
               "asked": dict.fromkeys(kinds, 10), "right": dict.fromkeys(kinds, right)} for seed, right in ((1, 4), (2, 5), (3, 6))]
     experiment.table(lines, guess)
     _, always, mmca = (line.split() for line in capsys.readouterr().out.splitlines())
     assert always[-9:] == ["77.8", "100.0", "50.0", "66.7", "50.0", "100.0", "100.0", "100.0", "100.0"]  # the first: 14 of 18 about several
-    assert mmca == ["250", "10", "mmca", "0.0060", *["50.0", "±", "10.0"] * 9, "7", "2.000", "3"]
+    assert mmca == ["causal", "250", "10", "mmca", "0.0060", *["50.0", "±", "10.0"] * 9, "7", "2.000", "3"]
 
 
 def test_it_trains_as_the_demo_does(monkeypatch):
@@ -98,4 +98,15 @@ def test_it_trains_as_the_demo_does(monkeypatch):
     flags = train.command_line()
     assert dict(zip(flags.datasets, flags.concatenate)) == experiment.SETS and flags.samples == ["all"]
     assert flags.eval_datasets == [f"{kind}.json" for kind in experiment.KINDS]
-    assert (flags.batch_size, flags.learning_rate, flags.lora_rank) == (experiment.BATCH, experiment.BEST["mmca"], experiment.RANK)
+    assert (flags.batch_size, flags.warmup, flags.lora_rank) == (experiment.BATCH, experiment.WARMUP, experiment.RANK)
+    assert flags.learning_rate == experiment.VARIANTS["mmca"].rate
+
+
+def test_every_kind_of_run_is_wanted_once():
+    jobs = experiment.wanted(5, False)
+    assert len(jobs) == len(set(jobs)) == 111, "as the docstring says"
+    assert [job.seed for job in jobs] == sorted(job.seed for job in jobs), "seed by seed"
+    assert set(experiment.wanted(1, False)) <= set(jobs) and len(experiment.wanted(1, True)) == 6
+    tried = {(job.variant, job.rate) for job in jobs if job.size == experiment.ABLATED and job.steps == experiment.STEPS}
+    assert {(name, rate) for name in experiment.MECHANISMS for rate in experiment.RATES} <= tried
+    assert {job.variant for job in jobs if job.taught == "mmca"} == set(experiment.MECHANISMS)
