@@ -15,8 +15,8 @@ The same command on the same machine writes the same files, whose checksums it p
 Both models are trained as parts of a whole VisualChat. What is trained with them, a projection and
 the vectors of those words, is thrown away: train.py begins with a projection of its own.
 
---attention causal makes models that have never met MMCA: the five sums are read as words are, as a
-published LLaMA reads all. tests/experiment.py compares what can be trained from either.
+--attention causal makes models that have never met MMCA: the five sums are read as words are, each
+seeing what stands before it. tests/experiment.py compares what can be trained from either.
 """
 import argparse
 import hashlib
