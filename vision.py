@@ -335,6 +335,9 @@ def read_vit_config(folder, feature_layer=-1, class_token=True):
         config.feature_layer = feature_layer
         config.class_token = class_token
         layers = config.num_hidden_layers
+        if config.hidden_act not in ACTIVATIONS:
+            raise InputError(f"{file}: hidden_act = {config.hidden_act!r} is not supported, only "
+                             f"{' and '.join(ACTIVATIONS)}")
     else:
         raise InputError(f"{file} is not that of a CLIP vision model: its model_type is neither "
                          "clip nor clip_vision_model")
@@ -532,6 +535,9 @@ def read_preprocessing(folder, image_size):
                              f"supported, only {done}")
     if isinstance(config["size"], int):
         config["size"] = {"shortest_edge": config["size"]}
+    if not config["size"].keys() & {"shortest_edge", "height"}:
+        raise InputError(f"{folder}: pictures of size {config['size']} are not supported, only a "
+                         "shortest_edge, or height and width")
     square = {"height": image_size, "width": image_size}
     if config["crop_size"] not in (image_size, square):
         raise InputError(f"{folder} makes pictures of {config['crop_size']}, the vision model "
@@ -625,8 +631,10 @@ def write_whole(file, text):
 
 def checkpoint_path(path):
     """A path, in which OUT/best, a file that train.py writes with the name of the best checkpoint,
-    is replaced by that"""
+    is replaced by that; OUT itself, the folder of a run, stands for it, too"""
     path = Path(path)
+    if (path / "best").is_file():
+        path /= "best"
     for best in (path, path.parent):
         if best.name == "best" and best.is_file():
             return best.parent / best.read_text().strip() / path.relative_to(best)

@@ -544,6 +544,8 @@ def test_best_is_the_epoch_with_the_lowest_held_out_loss(mine):
     assert len([line for line in log if "eval_loss" in line]) == 2 and (folder / "out/best").read_text() == "epoch-1"
     losses = [line["eval_loss"] for line in run(folder, *flags, "--overwrite", code=bad) if "eval_loss" in line]
     assert losses[2] < losses[0] < losses[1] and (folder / "out/best").read_text() == "epoch-3"
+    assert checkpoint_path(folder / "out") == checkpoint_path(folder / "out/best") == folder / "out/epoch-3"
+    assert checkpoint_path(folder / "out/best/vision_model") == folder / "out/epoch-3/vision_model"
 
 
 def test_a_run_without_anything_to_train_on_is_refused(mine):

@@ -302,6 +302,12 @@ def test_what_is_no_clip_is_refused(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text('{"size": 64, "crop_size": 64}')
     with pytest.raises(InputError, match=r"makes pictures of 64, the vision model takes 56 x 56"):
         read_preprocessing(tmp_path, 56)
+    (tmp_path / "preprocessor_config.json").write_text('{"size": {"longest_edge": 64}, "crop_size": 56}')
+    with pytest.raises(InputError, match=r"pictures of size {'longest_edge': 64} are not supported, only a shortest_edge"):
+        read_preprocessing(tmp_path, 56)
+    (tmp_path / "config.json").write_text('{"model_type": "clip_vision_model", "hidden_act": "gelu_new"}')
+    with pytest.raises(InputError, match="config.json: hidden_act = 'gelu_new' is not supported, only quick_gelu and gelu"):
+        read_vit_config(tmp_path)
     for S in (42, 70):
         with pytest.raises(RuntimeError, match="must match the size"):
             load_vit(CLIP)(torch.zeros(1, 3, S, S))
