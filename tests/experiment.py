@@ -268,26 +268,38 @@ def always_the_same(talks):
 
 
 def table(lines, guess):
-    """Print a row for each kind of run: held-out exact match in percent by kind of question"""
-    columns = {"several pictures": SEVERAL} | {kind: [kind] for kind in KINDS}
-
+    """Print held-out exact match in percent, a row for each kind of run: about several pictures and
+    about one, then by what is asked about several"""
     def shares(runs):
-        return "".join(f"{spread([share(line, kinds) for line in runs]):>18}"
-                       for kinds in columns.values())
+        return {name: spread([share(line, kinds) for line in runs])
+                for name, kinds in {"several": SEVERAL, **{kind: [kind] for kind in KINDS}}.items()}
 
-    rows = defaultdict(list)
+    groups = defaultdict(list)
     for line in lines:
         job = job_of(line)
         place = job.taught, job.size, job.steps, list(VARIANTS).index(job.variant), job.rate
-        rows[place].append(line)
-    print(f"{'taught':7}{'samples':>7}{'steps':>6}  {'':29}{'rate':>7}"
-          + "".join(f"{name:>18}" for name in columns)
-          + f"{'trained':>12}{'s / step':>10}{'seeds':>7}")
-    print(f"{'':22}{'the most frequent answer':36}{shares([guess])}")
-    for (taught, size, steps, _, rate), runs in sorted(rows.items()):
+        groups[place].append(line)
+    rows = [{"variant": "the most frequent answer", **shares([guess])}]
+    for (taught, size, steps, _, rate), runs in sorted(groups.items()):
         seconds = statistics.median(line["seconds"] / steps for line in runs)
-        print(f"{taught:7}{size:7}{steps:6}  {runs[0]['variant']:29}{rate:7.4f}{shares(runs)}"
-              f"{runs[0]['trained']:12,}{seconds:10.3f}{len(runs):7}")
+        rows.append({"taught": taught, "samples": size, "steps": steps, "rate": rate,
+                     "variant": runs[0]["variant"], "seeds": len(runs), **shares(runs),
+                     "trained": f"{runs[0]['trained']:,}", "s / step": f"{seconds:.3f}"})
+
+    job = ["taught", "samples", "steps", "rate", "variant", "seeds"]
+    print_columns(rows, [*job, "several", "describe", "one_picture", "trained", "s / step"])
+    print()
+    print_columns(rows, [*job, *SEVERAL])
+
+
+def print_columns(rows, names):
+    """Print these of the rows' cells below their names; what a row has no cell for stays empty"""
+    lines = [names] + [[str(row.get(name, "")) for name in names] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        cells = [cell.ljust(width) if name == "variant" else cell.rjust(width)
+                 for name, cell, width in zip(names, line, widths)]
+        print("  ".join(cells).rstrip())
 
 
 def figure(lines, file):
