@@ -139,15 +139,15 @@ class Job(NamedTuple):
     """Which run: a line of --out begins with it"""
     taught: str  # of BASES
     variant: str
-    size: int    # conversations
+    size: int    # samples: conversations, some joined
     steps: int
     rate: float
     seed: int
 
 
-def conversations(folder, datasets, seed, factors=None):
-    """The conversations of some data sets in an order that the seed draws; factors: how many are
-    joined at most"""
+def samples(folder, datasets, seed, factors=None):
+    """The samples of some data sets in an order that the seed draws; factors: of how many
+    conversations each is joined at most"""
     args = argparse.Namespace(datasets=datasets, samples=["all"], concatenate=factors, seed=seed,
                               data_path=folder, out=folder)
     return list(Epoch(read_datasets(args), None, seed, 0))
@@ -156,7 +156,7 @@ def conversations(folder, datasets, seed, factors=None):
 def held_out():
     """What is measured: {kind of question: conversations of one round}, about pictures that are
     drawn anew. There are 3,266 scenes of one or two things: many are met in training too"""
-    return {kind: conversations(DATA / "held_out", [f"{DATA}/held_out/{kind}.json"], 0)
+    return {kind: samples(DATA / "held_out", [f"{DATA}/held_out/{kind}.json"], 0)
             for kind in KINDS}
 
 
@@ -208,12 +208,12 @@ def exact(model, examples):
 
 
 def run(job):
-    """Train on job.size conversations, measure on all that are held out -> a line of --out"""
+    """Train on job.size samples, measure on all that are held out -> a line of --out"""
     torch.set_num_threads(1)
     variant, bases = VARIANTS[job.variant], BASES[job.taught]
-    training = conversations(DATA / "train", list(SETS), job.seed, list(SETS.values()))[:job.size]
+    training = samples(DATA / "train", list(SETS), job.seed, list(SETS.values()))[:job.size]
     if len(training) < job.size:
-        raise ValueError(f"{DATA} has {len(training)} conversations, fewer than {job.size}")
+        raise ValueError(f"{DATA} has {len(training)} samples, fewer than {job.size}")
     test = held_out()
     language_model, vision_model = bases / "language_model", bases / "vision_model"
     tokenizer = Tokenizer(language_model / "tokenizer.model")
@@ -323,10 +323,10 @@ def figure(lines, file):
             bars = [statistics.stdev(runs[size]) if runs[size][1:] else 0 for size in sizes]
             panel.errorbar(sizes, [statistics.mean(runs[size]) for size in sizes], bars, marker="o",
                            capsize=3, label=name)
-        panel.set(title=kind.replace("_", " "), xscale="log", xlabel="training samples",
-                  xticks=SIZES, xticklabels=SIZES)
+        panel.set(title=kind.replace("_", " "), xscale="log", xticks=SIZES, xticklabels=SIZES)
         panel.minorticks_off()
         panel.grid(alpha=0.3)
+    drawing.supxlabel("training samples")
     drawing.supylabel("held-out exact match, %")
     drawing.legend(*panels[0, 0].get_legend_handles_labels(), loc="upper center",
                    ncols=len(MECHANISMS), frameon=False)
