@@ -45,6 +45,7 @@ from vision import (
     fit,
     load_image,
     number,
+    out_of_memory,
     positive,
     preprocess,
     read_json,
@@ -691,7 +692,12 @@ def main():
         repl(chat, answering)
     except KeyboardInterrupt:
         sys.exit("\nchat.py: stopped")
-    except (InputError, OSError) as error:
+    except (InputError, OSError, RuntimeError) as error:
+        if out_of_memory(error):
+            error = ("out of memory: the weights, and keys and values of a whole context, must fit; "
+                     "--device spreads them over several GPUs, or takes the processor (cpu)")
+        elif isinstance(error, RuntimeError):
+            raise
         print(printable(f"chat.py: {error}"), file=sys.stderr)
         sys.exit(2)
 

@@ -690,6 +690,7 @@ def load_llama(
     with empty():
         model = Llama(read_llama_config(folder))
     L = len(model.model.layers)
+    devices = devices[:L]
     layers = [devices[i * len(devices) // L] for i in range(L)]
     model.model.devices = layers if len(devices) > 1 else ()
     tied = model.config.tie_word_embeddings

@@ -45,8 +45,8 @@ from data import (Samples, Tokenizer, Turn, arguments, check_fit, collate, encod
                   parse, pictures_of, printable, read_data)
 from model import (VisualChat, add_lora, bases, choose_device, load_llama, load_vit,
                    size_of)
-from vision import (InputError, is_main, number, positive, read_config, read_preprocessing,
-                    reason_of, write_whole)
+from vision import (InputError, is_main, number, out_of_memory, positive, read_config,
+                    read_preprocessing, reason_of, write_whole)
 
 BROKEN = 0.01  # the share of an epoch's samples that may have a picture that cannot be read
 
@@ -162,6 +162,9 @@ def train(args, progress):
     with blame(args.deepspeed_config):
         engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=settings,
                                           lr_scheduler=partial(LambdaLR, lr_lambda=factor))
+    if args.zero_stage == 0:
+        # in 16 bit DeepSpeed has made a step of zero gradients, which Adam would count as its first
+        engine.basic_optimizer.state.clear()
 
     # ---- 6. resume ----
     # only now is an earlier run replaced: all that can be refused has been read
@@ -803,7 +806,7 @@ def load_state(engine, out, progress):
 def sentence_of(error, args):
     """What is said of an error that the user can mend; None for others"""
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
+    if out_of_memory(error):
         return ("out of memory; less is needed with a lower --micro_batch_size (now "
                 f"{args.micro_batch_size}), a lower --max_length (now {args.max_length}), or "
                 f"--gradient_checkpointing (now {'on' if args.gradient_checkpointing else 'off'})")

@@ -18,6 +18,7 @@ import argparse
 import base64
 import json
 import math
+import os
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -559,6 +560,11 @@ def reason_of(error):
     return " ".join(said.split()[:40])
 
 
+def out_of_memory(error):
+    """Whether an exception says that a device, or the machine, has no memory left"""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def is_main():
     """Whether this is the one process that prints and writes"""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
@@ -620,7 +626,8 @@ def read_section(config, name):
 def write_whole(file, text):
     """Write a text file under another name and rename it when it is whole; InputError if the disk
     does not take it"""
-    unfinished = Path(f"{file}.unfinished")
+    # another process may be at the same file
+    unfinished = Path(f"{file}.{os.getpid()}.unfinished")
     try:
         unfinished.write_text(text, encoding="utf-8", errors="replace", newline="")
         unfinished.replace(file)

@@ -792,3 +792,13 @@ def test_a_script_leaves_out_what_cannot_be_asked_and_loses_no_answer(tmp_path, 
 def test_command_without_a_checkpoint(tmp_path):
     done = subprocess.run([sys.executable, "chat.py", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "config.json cannot be read" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_cache_that_does_not_fit_is_a_sentence(tmp_path):
+    """A context of so many tokens that no machine holds their keys and values"""
+    tiny_model().save_pretrained(tmp_path / "it", TOKENIZER)
+    file = tmp_path / "it/language_model/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 10 ** 13}))
+    done = subprocess.run([sys.executable, "chat.py", str(tmp_path / "it")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "chat.py: out of memory" in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -475,6 +475,13 @@ def test_layers_on_several_devices_give_the_numbers_of_one(tmp_path):
         assert layers.embed_tokens.weight.is_cpu and layers.norm.weight.is_meta and model.language_model.lm_head.weight.is_meta
 
 
+def test_more_devices_than_layers_are_left_out():
+    """Where the last layer's result is, the norm and the head are too; the device behind it stays empty"""
+    layers = read_llama_config(FIXTURES / "tiny-llama").num_hidden_layers
+    model = load_llama(FIXTURES / "tiny-llama", devices=["cpu"] * layers + ["meta"])
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
 def test_a_tied_head_is_asked_on_its_own_device(tmp_path):
     """It is the word embedding's weight, on the first device, while the last layer's result is on the last"""
     model = tiny_model()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import model as model_file
 from model import LlamaConfig, fill, load_vit, make_projection, make_vit
-from vision import CLIP_PREPROCESSING, InputError, QwenConfig, ViTConfig, fit, fixed_positions, load_image, preprocess, read_json, read_preprocessing, read_vit_config
+from vision import CLIP_PREPROCESSING, InputError, QwenConfig, ViTConfig, fit, fixed_positions, load_image, preprocess, read_json, read_preprocessing, read_vit_config, write_whole
 
 CASES = FIXTURES / "cases"
 CLIP, QWEN, PROJECTIONS = FIXTURES / "tiny-clip", FIXTURES / "tiny-qwen-visual", FIXTURES / "tiny-projections"
@@ -290,6 +290,21 @@ def test_a_name_that_stands_twice_is_refused(tmp_path, text, name):
     (tmp_path / "it.json").write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=f"it.json cannot be read: the name '{name}' stands twice"):
         read_json(tmp_path / "it.json", (dict, list))
+
+
+def test_two_processes_write_the_same_file(tmp_path, monkeypatch):
+    """The second begins and ends while the first writes: the last one's stands, and no half of one is left"""
+    write, file = type(tmp_path).write_text, tmp_path / "index"
+
+    def interrupted(path, text, **how):
+        write(path, text, **how)
+        if text == "first":
+            with monkeypatch.context() as second:
+                second.setattr(os, "getpid", lambda: 1)
+                write_whole(file, "second")
+    monkeypatch.setattr(type(tmp_path), "write_text", interrupted)
+    write_whole(file, "first")
+    assert file.read_text() == "first" and [*tmp_path.iterdir()] == [file]
 
 
 def test_what_is_no_clip_is_refused(tmp_path):
