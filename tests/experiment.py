@@ -1,5 +1,5 @@
 """The paper's claim at the size of a laptop: MMCA learns from as few samples as cross attention, at
-the cost of causal attention.
+the price of causal attention.
 
     python tests/experiment.py            causal, cross and mmca, 3 sizes of training set, 5 seeds;
                                           at one size other rules for the image tokens, no LoRA, and
@@ -14,9 +14,10 @@ where all is there. The data are the demo's (`python demo/make.py data/demo`), a
 and how; but each mechanism has a learning rate of its own, and a run is one process of one thread
 without DeepSpeed. The figure needs matplotlib, as nothing else here does.
 
-What a mechanism reaches hangs on what the language model was taught before (demo/README.md). That
-of demo/causal reads all that comes before an image token, as a published LLaMA would: a head start
-for causal attention. That of demo/ was taught to read as MMCA does. None has met cross attention.
+What a mechanism reaches hangs on what the language model and the tower were taught before
+(demo/README.md). In those of demo/causal all that comes before an image token is read, as a
+published LLaMA would: a head start for causal attention. Those of demo/ were taught to read as MMCA
+does. None has met cross attention.
 """
 import argparse
 import hashlib
