@@ -489,15 +489,9 @@ def chat_model(device="cpu"):
         head_dim=64,
         vocab_size=49152,
         max_position_embeddings=4096)
-    tower = ViTConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=224,
-        patch_size=14)
     with torch.device(device):
-        model = VisualChat(ViT(tower), Llama(small if cpu else LANGUAGE["7b"])).eval()
+        language = Llama(small if cpu else LANGUAGE["7b"])
+        model = VisualChat(ViT(VISION["clip-l"]), language).eval()
     model.language_model.lm_head.weight.data[2] = 0  # never `</s>`: all answers are of one length
     model.preprocessing = read_preprocessing("nowhere", 224)
     return model, Words(model.language_model.config.vocab_size)

@@ -14,7 +14,7 @@ where all is there. The data are the demo's (`python demo/make.py data/demo`), a
 and how; but each mechanism has a learning rate of its own, and a run is one process of one thread
 without DeepSpeed. The figure needs matplotlib, as nothing else here does.
 
-What a mechanism reaches hangs on what the language model and the tower were taught before
+What a mechanism reaches depends on what the language model and the tower were taught before
 (demo/README.md). In those of demo/causal all that comes before an image token is read, as a
 published LLaMA would: a head start for causal attention. Those of demo/ were taught to read as MMCA
 does. None has met cross attention.
